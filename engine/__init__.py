@@ -1,0 +1,1 @@
+"""One GPU: memory, model, scheduler and the step that ties them together."""

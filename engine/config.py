@@ -1,0 +1,117 @@
+"""Configuration of one engine: frozen, complete, made once.
+
+`cluster.config` reads YAML and builds these; nothing below it reads the environment or a file.
+Fields that mean the same as in vLLM or in Ray's LLMConfig carry the same name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.errors import ConfigError
+
+MIB = 1 << 20
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+Mode = Literal["elastic", "static"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        model_id: the name clients use.
+        source: a directory, a `.gguf` file or a hub id.
+        tokenizer_source: the same for the tokenizer; None means `source`.
+        load_format: `auto` looks at the source; `dummy` needs only the configuration and makes
+            random weights of the right shape on the device.
+        dtype: `auto` is float32 on a CPU and the checkpoint's type (bfloat16 for GGUF) on a GPU.
+        seed: of the dummy weights.
+    """
+
+    model_id: str
+    source: str
+    tokenizer_source: str | None = None
+    load_format: LoadFormat = "auto"
+    dtype: Dtype = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """The elastic pool.
+
+    Attributes:
+        mode: `elastic` lets KV cache and activations share every chunk; `static` sets the largest
+            activation aside at start, as engines commonly do.
+        pool_bytes: physical memory of the pool; None measures what is free after the weights (GPU)
+            or takes 1 GiB (CPU).
+        chunk_bytes: size of a chunk; None is 2 MiB on a GPU (the driver's granularity) and 512 KiB
+            on a CPU.
+        layers_per_group: layers whose KV shares a chunk; None applies the rule of `KvGeometry`.
+        margin_bytes: GPU memory left alone when `pool_bytes` is measured: cuBLAS workspaces, the
+            sampler's temporaries and the driver's own growth live there.
+    """
+
+    mode: Mode = "elastic"
+    pool_bytes: int | None = None
+    chunk_bytes: int | None = None
+    layers_per_group: int | None = None
+    margin_bytes: int = 2048 * MIB
+
+    def __post_init__(self) -> None:
+        if self.pool_bytes is not None and self.pool_bytes <= 0:
+            raise ConfigError(f"memory.pool_bytes must be positive, not {self.pool_bytes}")
+        if self.chunk_bytes is not None and (self.chunk_bytes <= 0 or self.chunk_bytes % 4096):
+            raise ConfigError(f"memory.chunk_bytes must be a multiple of 4096, not {self.chunk_bytes}")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step and of the queue.
+
+    Attributes:
+        max_num_seqs: sequences that may hold KV at once; also the number of slots.
+        max_num_batched_tokens: tokens of one step, decodes and prefill pieces together.
+        prefill_piece_tokens: tokens of one prompt in one step; None is limited by the step alone.
+        max_num_queued_reqs: requests that may wait; one more is refused as overload.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    prefill_piece_tokens: int | None = None
+    max_num_queued_reqs: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running sequence needs one token a step"
+            )
+        if self.prefill_piece_tokens is not None and self.prefill_piece_tokens < 1:
+            raise ConfigError(f"prefill_piece_tokens must be at least 1, not {self.prefill_piece_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything one engine needs to start.
+
+    Attributes:
+        device: where the model runs. `cpu` is served by HostVirtualMemory and the reference kernels.
+        max_model_len: longest sequence, prompt and output together; None is the model's own limit,
+            or what fits the pool if that is less.
+        num_threads: CPU threads of torch; None leaves torch's own choice.
+    """
+
+    model: ModelSource
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    device: Device = "cpu"
+    max_model_len: int | None = None
+    num_threads: int | None = None

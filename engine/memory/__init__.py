@@ -1,0 +1,1 @@
+"""The elastic pool: address ranges, chunks, virtual tensors and what lives in them."""

@@ -1,0 +1,122 @@
+"""The activation arena: one virtual tensor that holds a forward pass.
+
+Every buffer has a planned offset that depends only on the step's size, so the bytes of a step are
+known before it starts (eLLM reserves KV and activations of an iteration together). Small steps lie
+at the low end; the tail is backed as far as the largest recent step needed, and lent to the KV
+cache when that is short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from engine.memory.chunks import ChunkPool
+from engine.memory.virtual_tensor import VirtualTensor
+
+_ALIGN = 256  # widest vector access of a kernel, and what tensor-memory descriptors ask for
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSpec:
+    """One buffer of the forward pass.
+
+    Attributes:
+        width: elements a token, or a row of logits.
+        per: what the first dimension counts.
+        stage: buffers of different stages share memory; None lives through the whole pass.
+    """
+
+    name: str
+    width: int
+    dtype: torch.dtype
+    per: Literal["token", "row"]
+    stage: str | None = None
+
+    def nbytes(self, num_tokens: int, num_rows: int) -> int:
+        """Bytes of the buffer in a step of that size, aligned."""
+        count = num_tokens if self.per == "token" else num_rows
+        return -(-count * self.width * self.dtype.itemsize // _ALIGN) * _ALIGN
+
+
+def activation_bytes(specs: Sequence[BufferSpec], num_tokens: int, num_rows: int) -> int:
+    """Exact bytes of one forward pass over `num_tokens` tokens with `num_rows` rows of logits."""
+    return max(
+        (offset + spec.nbytes(num_tokens, num_rows) for spec, offset in _layout(specs, num_tokens, num_rows)),
+        default=0,
+    )
+
+
+def _layout(specs: Sequence[BufferSpec], num_tokens: int, num_rows: int) -> Iterator[tuple[BufferSpec, int]]:
+    """Each buffer with its offset: the lasting ones first, the stages over one another behind them."""
+    base = 0
+    for spec in specs:
+        if spec.stage is None:
+            yield spec, base
+            base += spec.nbytes(num_tokens, num_rows)
+    ends: dict[str, int] = {}
+    for spec in specs:
+        if spec.stage is not None:
+            offset = ends.get(spec.stage, base)
+            yield spec, offset
+            ends[spec.stage] = offset + spec.nbytes(num_tokens, num_rows)
+
+
+class ActivationArena:
+    """A virtual tensor cut into the buffers of a step.
+
+    Args:
+        chunks: the pool.
+        specs: the model's buffers.
+        max_tokens, max_rows: the largest step.
+    """
+
+    def __init__(
+        self, chunks: ChunkPool, specs: Sequence[BufferSpec], max_tokens: int, max_rows: int
+    ) -> None:
+        self._specs = tuple(specs)
+        self._chunk_bytes = chunks.vm.chunk_bytes
+        self.max_chunks = max(1, self.chunks_for(max_tokens, max_rows))
+        self.tensor = VirtualTensor(chunks, self.max_chunks, "activation")
+        self._bytes: torch.Tensor | None = None
+        self._newest: tuple[tuple[int, int], dict[str, torch.Tensor]] | None = None
+
+    @property
+    def num_backed(self) -> int:
+        """Chunks behind the arena now, from its low end on."""
+        return self.tensor.num_backed
+
+    def chunks_for(self, num_tokens: int, num_rows: int) -> int:
+        """Chunks a step of that size needs."""
+        return -(-activation_bytes(self._specs, num_tokens, num_rows) // self._chunk_bytes)
+
+    def missing_rows(self, num_chunks: int) -> list[int]:
+        """Rows to back before the arena has `num_chunks` chunks."""
+        return list(range(self.num_backed, num_chunks))
+
+    def shrink(self, num_chunks: int) -> None:
+        """Keep the lowest `num_chunks` chunks; the rest becomes free once no step reads it."""
+        self.tensor.drop(range(num_chunks, self.num_backed))
+
+    def buffers(self, num_tokens: int, num_rows: int) -> Mapping[str, torch.Tensor]:
+        """The buffers of a step that has been reserved, each (tokens or rows, width).
+
+        Content is undefined. The same size gives the same addresses, always.
+        """
+        size = (num_tokens, num_rows)
+        if self._newest is None or self._newest[0] != size:
+            self._newest = (
+                size,
+                {spec.name: self._cut(spec, offset, size) for spec, offset in _layout(self._specs, *size)},
+            )
+        return self._newest[1]
+
+    def _cut(self, spec: BufferSpec, offset: int, size: tuple[int, int]) -> torch.Tensor:
+        if self._bytes is None:
+            self._bytes = self.tensor.view(torch.uint8)
+        count = size[0] if spec.per == "token" else size[1]
+        nbytes = count * spec.width * spec.dtype.itemsize
+        return self._bytes[offset : offset + nbytes].view(spec.dtype).view(count, spec.width)

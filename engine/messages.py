@@ -1,0 +1,258 @@
+"""Everything that crosses a process boundary: frozen, free of torch and of ray, cheap to pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request wants its tokens chosen. Field names and meanings are vLLM's.
+
+    Attributes:
+        max_tokens: tokens to generate at most, at least 1.
+        temperature: 0 is greedy; at most 2.
+        top_k: 0 keeps every token.
+        min_p: drops tokens less likely than `min_p` times the most likely one.
+        seed: the same seed gives the same tokens for the same prompt, whatever else is in the batch
+            and whether or not the sequence was preempted. None draws one.
+        presence_penalty, frequency_penalty: over generated tokens, -2 to 2.
+        repetition_penalty: over prompt and generated tokens; 1 is off.
+        logit_bias: (token id, bias) pairs added to the logits.
+        logprobs: how many alternatives to report a token, besides the one chosen; None for none.
+        stop_token_ids: end the sequence like the model's own end-of-sequence tokens.
+        ignore_eos: do not stop at the model's own end-of-sequence tokens.
+        min_tokens: tokens before which no stop token may be chosen.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _require(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2", self.temperature)
+        _require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1", self.top_p)
+        _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        _require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1", self.min_p)
+        _require(
+            abs(self.presence_penalty) <= 2.0, "presence_penalty", "between -2 and 2", self.presence_penalty
+        )
+        _require(
+            abs(self.frequency_penalty) <= 2.0,
+            "frequency_penalty",
+            "between -2 and 2",
+            self.frequency_penalty,
+        )
+        _require(
+            0.0 < self.repetition_penalty <= 10.0,
+            "repetition_penalty",
+            "above 0 and at most 10",
+            self.repetition_penalty,
+        )
+        _require(
+            all(abs(bias) <= 100.0 for _, bias in self.logit_bias),
+            "logit_bias",
+            "between -100 and 100",
+            self.logit_bias,
+        )
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            f"between 0 and {MAX_LOGPROBS}",
+            self.logprobs,
+        )
+        _require(
+            0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens", self.min_tokens
+        )
+        _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
+
+
+def _require(holds: bool, param: str, expected: str, value: object) -> None:
+    if not holds:
+        raise RequestError(f"{param} must be {expected}, not {value!r}", param)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """What a client asked for, in token ids. One choice: `n` choices are `n` requests."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one sequence that one step computes.
+
+    Attributes:
+        slot: the KV slot of the sequence.
+        start: position of the first token, which is also how many tokens the slot already holds.
+        samples: whether the logits of the last token choose the sequence's next one.
+    """
+
+    request_id: str
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What every rank computes in one step. Frozen; the same on every rank.
+
+    Attributes:
+        step: counts up from 1; also the epoch by which retired chunks wait.
+        pieces: those of one token first, so that they share one decode kernel.
+        num_decodes: how many leading pieces have one token.
+    """
+
+    step: int
+    pieces: tuple[Piece, ...]
+    num_decodes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return sum(len(piece.token_ids) for piece in self.pieces)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits the step needs."""
+        return sum(piece.samples for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position, from the model's raw logits.
+
+    Attributes:
+        logprob: of the token that was chosen.
+        top: (token id, log probability) of the most likely tokens, best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """Tokens one request gained since the last delta, and perhaps its end.
+
+    When `finish_reason` is `stop`, the last token is the stop token itself: it counts as generated
+    but is not text. Stop strings are no matter of the engine's, which knows no text.
+
+    Attributes:
+        token_ids: new tokens, oldest first; empty only beside a finish reason.
+        logprobs: one entry a token if the request asked for them, else empty.
+        error: why the request failed, when `finish_reason` is `error`.
+        num_preemptions: how often the sequence lost its KV and had it computed again, so far.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    num_preemptions: int = 0
+
+    def then(self, later: TokenDelta) -> TokenDelta:
+        """This delta and the next one of the same request as one."""
+        return TokenDelta(
+            self.request_id,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.finish_reason,
+            later.error,
+            later.num_preemptions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySnapshot:
+    """Chunks of one pool by state; `free + kv + activation + guard + retiring == total`.
+
+    Attributes:
+        warm: free chunks that are still mapped where they were last used (a part of `free`).
+        created: chunks with physical memory behind them; the rest is address space only.
+        kv_tokens: tokens whose KV is held by live sequences.
+        driver_calls: create, map, unmap and release calls since start.
+    """
+
+    chunk_bytes: int
+    total: int
+    free: int
+    kv: int
+    activation: int
+    guard: int
+    retiring: int
+    warm: int
+    created: int
+    kv_tokens: int
+    driver_calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """Raw facts of one engine at one moment; verdicts are the controller's.
+
+    Attributes:
+        monotonic_s: the engine's clock when the snapshot was made.
+        finished: requests ended so far, by finish reason.
+        last_step_s: duration of the newest step.
+    """
+
+    model_id: str
+    monotonic_s: float
+    num_waiting: int
+    num_running: int
+    num_steps: int
+    num_preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
+    finished: tuple[tuple[FinishReason, int], ...]
+    last_step_s: float
+    memory: MemorySnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Facts of a loaded engine that do not change.
+
+    Attributes:
+        max_model_len: tokens of the longest sequence, prompt and output together.
+        pool_bytes: physical memory of the elastic pool.
+        weight_bytes: memory of the weights, outside the pool.
+        tokens_per_chunk, layers_per_group: the KV geometry (T and G).
+    """
+
+    model_id: str
+    device: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    pool_bytes: int
+    weight_bytes: int
+    tokens_per_chunk: int
+    layers_per_group: int
+    load_s: float

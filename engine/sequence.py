@@ -1,0 +1,79 @@
+"""One request inside one engine: its tokens, its KV and its state. Never leaves the process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.messages import GenerateRequest, SamplingParams
+
+
+class State(Enum):
+    """Where a sequence is in its life. Legal moves are in `_MOVES`."""
+
+    WAITING = "waiting"  # holds no KV: new, or preempted
+    PREFILLING = "prefilling"  # has a slot; not all known tokens are in it
+    RUNNING = "running"  # every known token but the newest is in its slot
+    FINISHED = "finished"
+
+
+_MOVES = {
+    State.WAITING: {State.PREFILLING, State.FINISHED},
+    State.PREFILLING: {State.RUNNING, State.WAITING, State.FINISHED},
+    State.RUNNING: {State.WAITING, State.FINISHED},
+    State.FINISHED: set(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's life inside the engine. Only the engine loop writes to it.
+
+    Attributes:
+        seed: of its random draws; fixed at birth, so that a preempted sequence repeats itself.
+        arrival_s: the engine's clock at submission.
+        slot: its KV slot while it has one.
+        num_computed: tokens whose KV is in the slot.
+        num_preemptions: how often its KV was dropped to make room.
+    """
+
+    request: GenerateRequest
+    seed: int
+    arrival_s: float
+    state: State = State.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    slot: int | None = None
+    num_computed: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self.request.prompt_token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far: prompt and output."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Known tokens at positions start .. end - 1, across prompt and output."""
+        prompt = self.request.prompt_token_ids
+        if start >= len(prompt):
+            return tuple(self.output_token_ids[start - len(prompt) : end - len(prompt)])
+        return prompt[start:end] + tuple(self.output_token_ids[: max(0, end - len(prompt))])
+
+    def move(self, to: State) -> None:
+        """Enter another state; an illegal move is a bug and raises ValueError."""
+        if to not in _MOVES[self.state]:
+            raise ValueError(
+                f"sequence {self.request_id}: {self.state.value} -> {to.value} is not a legal move"
+            )
+        self.state = to
