@@ -1,0 +1,140 @@
+"""From a configuration to a running engine: the only place where its parts are wired together.
+
+Sizes are decided here, once: how the KV fills chunks, how many chunks there are, and the longest
+sequence they can hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.config import MIB, EngineConfig, MemoryConfig
+from engine.core import Engine, Publish
+from engine.errors import ConfigError
+from engine.memory.arena import BufferSpec, activation_bytes
+from engine.memory.host_vmm import HostVirtualMemory
+from engine.memory.kv_cache import KvGeometry
+from engine.memory.pool import MemoryPool
+from engine.memory.vmm import VirtualMemory
+from engine.messages import EngineInfo
+from engine.model.buffers import activation_specs
+from engine.model.loader import LoadedModel, load_model
+from engine.model.runner import ModelRunner
+from engine.model.sampler import Sampler
+from engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_CPU_POOL_BYTES = 1024 * MIB
+_CPU_CHUNK_BYTES = MIB // 2
+_GPU_CHUNK_BYTES = 2 * MIB
+_SMALLEST_PIECE = 16  # tokens; an elastic engine cuts a prompt this small before it gives up
+
+
+def build_engine(
+    config: EngineConfig, publish: Publish, clock: Callable[[], float] = time.monotonic
+) -> Engine:
+    """Load the model and make an engine that is ready to step, in the calling thread.
+
+    Raises:
+        ModelLoadError: the model is missing, damaged or not supported.
+        ConfigError: the pool cannot hold one sequence, or a limit exceeds the model's.
+    """
+    started = clock()
+    model = load_model(config)
+    geometry = _geometry(model, config.memory)
+    vm, total = make_driver(model.device, geometry.chunk_bytes, config.memory)
+    specs = activation_specs(model.config, model.dtype)
+    max_model_len = _fit_model_len(config, model.config.max_context, geometry, specs, total)
+    pool = MemoryPool(
+        vm,
+        total,
+        config.memory.mode,
+        geometry,
+        specs,
+        config.scheduler.max_num_seqs,
+        max_model_len,
+        config.scheduler.max_num_batched_tokens,
+        model.dtype,
+    )
+    info = EngineInfo(
+        model_id=config.model.model_id,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_model_len=max_model_len,
+        vocab_size=model.config.vocab_size,
+        eos_token_ids=model.config.eos_token_ids,
+        pool_bytes=total * geometry.chunk_bytes,
+        weight_bytes=model.weight_bytes,
+        tokens_per_chunk=geometry.tokens_per_chunk,
+        layers_per_group=geometry.layers_per_group,
+        load_s=clock() - started,
+    )
+    scheduler = Scheduler(config.scheduler, pool, max_model_len, info.eos_token_ids)
+    runner = ModelRunner(model.decoder, pool.arena, pool.kv, model.device)
+    sampler = Sampler(info.vocab_size, info.eos_token_ids, model.device)
+    return Engine(config, info, pool, scheduler, runner, sampler, publish, clock)
+
+
+def make_driver(device: torch.device, chunk_bytes: int, memory: MemoryConfig) -> tuple[VirtualMemory, int]:
+    """The device's driver, and the pool's budget in chunks.
+
+    On a GPU the budget is what is free now, after the weights, less a stated margin: no fraction of
+    the card is guessed, and another process on it is simply not counted.
+    """
+    if device.type == "cuda":
+        from engine.memory.cuda_vmm import CudaVirtualMemory  # a CPU machine may lack the CUDA driver
+
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        nbytes = memory.pool_bytes or free - memory.margin_bytes
+        if nbytes > free:
+            raise ConfigError(
+                f"memory.pool_bytes is {nbytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
+                f"{device} after the weights: lower it, or leave it out to have it measured"
+            )
+        return CudaVirtualMemory(device, chunk_bytes), max(0, nbytes) // chunk_bytes
+    total = (memory.pool_bytes or _CPU_POOL_BYTES) // chunk_bytes
+    return HostVirtualMemory(chunk_bytes, total), total
+
+
+def _geometry(model: LoadedModel, memory: MemoryConfig) -> KvGeometry:
+    default = _GPU_CHUNK_BYTES if model.device.type == "cuda" else _CPU_CHUNK_BYTES
+    return KvGeometry.choose(
+        model.config.num_layers,
+        model.config.num_kv_heads,
+        model.config.head_dim,
+        model.dtype.itemsize,
+        memory.chunk_bytes or default,
+        memory.layers_per_group,
+    )
+
+
+def _fit_model_len(
+    config: EngineConfig, model_limit: int, geometry: KvGeometry, specs: Sequence[BufferSpec], total: int
+) -> int:
+    """The longest sequence: what was asked for if it fits, else as long as model and pool allow."""
+    limits = config.scheduler
+    step = (limits.max_num_batched_tokens, limits.max_num_seqs)
+    if config.memory.mode == "elastic":
+        step = (_SMALLEST_PIECE, 1)
+    activations = max(1, -(-activation_bytes(specs, *step) // geometry.chunk_bytes))
+    left = total - 1 - activations  # one is the guard
+    fits = max(0, left) // geometry.num_groups * geometry.tokens_per_chunk
+    asked = config.max_model_len
+    if asked is not None and asked > model_limit:
+        raise ConfigError(f"max_model_len is {asked}, and the model was made for {model_limit}: lower it")
+    if fits < min(asked or _SMALLEST_PIECE, model_limit):
+        least = geometry.chunks_for(asked or _SMALLEST_PIECE) + 1 + activations
+        raise ConfigError(
+            f"a pool of {total} chunks of {geometry.chunk_bytes >> 10} KiB holds a sequence of {fits} tokens "
+            f"beside the activations, and {asked or _SMALLEST_PIECE} are needed: set memory.pool_bytes to at "
+            f"least {least * geometry.chunk_bytes} or lower max_model_len"
+        )
+    if asked is None and fits < model_limit:
+        logger.warning("max_model_len is %d: the model allows %d, the pool no more", fits, model_limit)
+    return asked or min(model_limit, fits)

@@ -1,0 +1,290 @@
+"""The engine: one loop that owns every sequence and all memory state.
+
+    step = apply orders -> schedule -> reserve -> run -> sample -> commit -> publish
+
+`submit` and `cancel` may be called from any thread: they leave a note that the next step reads
+first. Nothing else writes to sequences, slots or chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, OverloadedError, RequestError
+from engine.memory.pool import MemoryPool
+from engine.messages import (
+    EngineInfo,
+    EngineSnapshot,
+    GenerateRequest,
+    StepPlan,
+    TokenDelta,
+    TokenLogprobs,
+)
+from engine.model.sampler import Sampled
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence as EngineSequence
+
+logger = logging.getLogger(__name__)
+
+_ASK_AGAIN_STEPS = 256  # a few seconds: another process may have given device memory back
+_LONGEST_GAP_S = 5.0  # between finished requests; a longer one was idle time, not load
+
+Publish = Callable[[Sequence[TokenDelta]], None]
+
+
+class Runner(Protocol):
+    """Computes a plan's logits; `engine.model.runner.ModelRunner` is the real one."""
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        """Logits (rows that sample, vocabulary)."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished everything that `run` started."""
+
+
+class TokenSampler(Protocol):
+    """Chooses tokens; `engine.model.sampler.Sampler` is the real one."""
+
+    def sample(self, logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> list[Sampled]:
+        """One result a row."""
+
+
+class Engine:
+    """One model on one device.
+
+    Args:
+        config: limits and the model's name.
+        info: facts of the loaded model.
+        pool, scheduler, runner, sampler: the parts, already wired to one another.
+        publish: receives every delta, in the engine's thread; must be quick.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: EngineInfo,
+        pool: MemoryPool,
+        scheduler: Scheduler,
+        runner: Runner,
+        sampler: TokenSampler,
+        publish: Publish,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self._config = config
+        self._pool = pool
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._publish = publish
+        self._clock = clock
+        self._inbox: deque[GenerateRequest | str] = deque()
+        self._wake = threading.Event()
+        self._door = threading.Lock()  # nobody may slip in while the loop says goodbye to the rest
+        self._num_steps = 0
+        self._last_step_s = 0.0
+        self._request_s = 1.0  # recent seconds between two finished requests, smoothed
+        self._last_finish_s = clock()
+        self._death: BaseException | None = None
+        self.snapshot = self._take_snapshot()
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a request. Its deltas go to `publish`; the last one carries a finish reason.
+
+        Raises:
+            RequestError: it cannot be served as asked; nothing has been queued.
+            OverloadedError: the queue is full.
+            EngineDeadError: the loop has ended.
+        """
+        _check(request, self.info)
+        with self._door:
+            self.check_alive()
+            waiting = self.snapshot.num_waiting + len(self._inbox)
+            limit = self._config.scheduler.max_num_queued_reqs
+            if waiting >= limit:
+                raise OverloadedError(
+                    f"{waiting} requests are waiting, and {limit} may", max(1.0, self._request_s)
+                )
+            self._inbox.append(request)
+        self._wake.set()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the top of the next step. Unknown ids are ignored: it may just have ended."""
+        self._inbox.append(request_id)
+        self._wake.set()
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError, with the cause, once the loop has ended."""
+        if self._death is not None:
+            raise EngineDeadError(f"the engine of {self.info.model_id} has stopped: {self._death}")
+
+    def run_until(self, stop: threading.Event) -> None:
+        """The loop: steps while there is work, sleeps while there is none.
+
+        An error that is not one request's ends the loop, as `stop` does: every open request is told,
+        and `check_alive` raises from then on.
+        """
+        reason: BaseException = EngineDeadError("it was shut down")
+        try:
+            while not stop.is_set():
+                if not self.step():
+                    self._pool.check()
+                    self._wake.wait(timeout=0.5)
+                self._wake.clear()
+        except Exception as error:
+            logger.exception("engine loop ended")
+            reason = error
+        with self._door:
+            self._death = reason
+            queued = [order.request_id for order in self._inbox if isinstance(order, GenerateRequest)]
+        lost = [seq.request_id for seq in self._scheduler.unfinished()]
+        self._publish([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost + queued])
+
+    def step(self) -> bool:
+        """One step; False if there was nothing to do."""
+        started = self._clock()
+        busy = self._apply_orders()
+        if self._num_steps % _ASK_AGAIN_STEPS == 0:
+            self._pool.chunks.ask_again()
+        plan = self._schedule_and_reserve()
+        if plan is None:
+            self.snapshot = self._take_snapshot()
+            return busy
+        sampled = self._run(plan)
+        if sampled is not None:
+            self._publish_all(self._scheduler.commit(plan, sampled))
+        self._num_steps += 1
+        self._last_step_s = self._clock() - started
+        self.snapshot = self._take_snapshot()
+        return True
+
+    def _apply_orders(self) -> bool:
+        """Take in submitted and cancelled requests; whether there were any."""
+        busy = bool(self._inbox)
+        while self._inbox:
+            order = self._inbox.popleft()
+            if isinstance(order, GenerateRequest):
+                seed = order.sampling.seed
+                self._scheduler.add(
+                    EngineSequence(order, secrets.randbits(63) if seed is None else seed, self._clock())
+                )
+            elif (seq := self._scheduler.get(order)) is not None:
+                self._publish_all([self._scheduler.finish(seq, "cancelled")])
+        return busy
+
+    def _schedule_and_reserve(self) -> StepPlan | None:
+        """The next plan with everything it needs in place.
+
+        The draft only counted chunks; the driver may still refuse. If it will not make a chunk the
+        pool is smaller from now on, and the step is drafted again for what is left. If it will not map
+        one, the newest sequence of the step fails, and only it; so does one that cannot go on alone.
+        """
+        while True:
+            scheduled = self._scheduler.schedule()
+            if scheduled is None:
+                if not self._is_stuck():
+                    return None
+                oldest = min(self._scheduler.unfinished(), key=lambda seq: (seq.arrival_s, seq.request_id))
+                self._fail(oldest, "the memory pool cannot hold this sequence")
+                continue
+            plan, growth = scheduled
+            total = self._pool.chunks.total
+            if self._pool.reserve(growth, plan.num_tokens, plan.num_rows):
+                self._pool.launched(plan.step)
+                return plan
+            if self._pool.chunks.total == total:
+                newest = self._scheduler.latest([piece.request_id for piece in plan.pieces])
+                self._fail(newest, "the device refused to map memory")
+
+    def _is_stuck(self) -> bool:
+        """Whether somebody waits although nothing runs that could free memory for them."""
+        return bool(self._scheduler.unfinished()) and self._pool.chunks.num_retiring == 0
+
+    def _run(self, plan: StepPlan) -> dict[str, tuple[int, TokenLogprobs | None]] | None:
+        """Compute and sample; None if the device ran out of memory for temporaries."""
+        rows = [piece.request_id for piece in plan.pieces if piece.samples]
+        sequences = [seq for request_id in rows if (seq := self._scheduler.get(request_id)) is not None]
+        try:
+            logits = self._runner.run(plan)
+            sampled = self._sampler.sample(logits, sequences) if sequences else []
+        except torch.OutOfMemoryError as error:
+            # Temporaries outside the pool did not fit. What the step wrote to KV is written again
+            # with the same values, so only the newest request pays.
+            self._runner.synchronize()
+            self._pool.finished(plan.step)
+            newest = self._scheduler.latest([piece.request_id for piece in plan.pieces])
+            self._fail(newest, f"the device ran out of memory: {error}")
+            return None
+        if not sequences:
+            self._runner.synchronize()  # a step that samples has already waited for its tokens
+        self._pool.finished(plan.step)
+        return {
+            seq.request_id: (one.token_id, one.logprobs) for seq, one in zip(sequences, sampled, strict=True)
+        }
+
+    def _fail(self, seq: EngineSequence, message: str) -> None:
+        logger.warning("request %s failed: %s", seq.request_id, message)
+        self._publish_all([self._scheduler.finish(seq, "error", message)])
+
+    def _publish_all(self, deltas: list[TokenDelta]) -> None:
+        if any(delta.finish_reason for delta in deltas):
+            now = self._clock()
+            gap = min(now - self._last_finish_s, _LONGEST_GAP_S)
+            self._request_s += 0.1 * (gap - self._request_s)
+            self._last_finish_s = now
+        self._publish(deltas)
+
+    def _take_snapshot(self) -> EngineSnapshot:
+        scheduler = self._scheduler
+        return EngineSnapshot(
+            model_id=self.info.model_id,
+            monotonic_s=self._clock(),
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_steps=self._num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            generated_tokens=scheduler.generated_tokens,
+            finished=tuple(scheduler.finished.items()),
+            last_step_s=self._last_step_s,
+            memory=self._pool.snapshot(),
+        )
+
+
+def _failed(request_id: str, message: str) -> TokenDelta:
+    return TokenDelta(request_id, (), finish_reason="error", error=message)
+
+
+def _check(request: GenerateRequest, info: EngineInfo) -> None:
+    """Refuse what the model cannot do, before anything is queued."""
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if not prompt:
+        raise RequestError("the prompt is empty", "prompt")
+    if not all(0 <= token < info.vocab_size for token in prompt):
+        raise RequestError(f"the prompt has a token outside the vocabulary of {info.vocab_size}", "prompt")
+    if len(prompt) + sampling.max_tokens > info.max_model_len:
+        raise RequestError(
+            f"this model's maximum context length is {info.max_model_len} tokens, and {len(prompt)} of "
+            f"prompt and {sampling.max_tokens} of output were asked for",
+            "max_tokens" if len(prompt) < info.max_model_len else "prompt",
+            "context_length_exceeded",
+        )
+    for param, tokens in (
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+        ("stop_token_ids", sampling.stop_token_ids),
+    ):
+        outside = [token for token in tokens if not 0 <= token < info.vocab_size]
+        if outside:
+            raise RequestError(
+                f"{param} names token {outside[0]}, and the vocabulary has {info.vocab_size}", param
+            )

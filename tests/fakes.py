@@ -1,0 +1,176 @@
+"""Stand-ins that go in through constructors.
+
+`PatternRunner` is a model whose KV can be checked: it writes each token's own signature into every
+layer's keys and values, and before each piece reads back everything the sequence should already
+hold. A chunk that was lent away too early, mapped twice or mixed up between sequences shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
+from engine.core import Engine
+from engine.memory.arena import BufferSpec
+from engine.memory.host_vmm import HostVirtualMemory
+from engine.memory.kv_cache import KvCache, KvGeometry
+from engine.memory.pool import MemoryPool
+from engine.memory.vmm import VirtualMemory
+from engine.messages import EngineInfo, StepPlan, TokenDelta
+from engine.model.sampler import Sampled
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence as EngineSequence
+
+VOCAB = 997
+EOS = 0
+CHUNK_BYTES = 4096
+GEOMETRY = KvGeometry.choose(4, 2, 8, 4, CHUNK_BYTES)  # 4 layers, 32 tokens a chunk
+SPECS = (
+    BufferSpec("hidden", 64, torch.float32, "token"),
+    BufferSpec("qkv", 96, torch.float32, "token", "attention"),
+    BufferSpec("logits", VOCAB, torch.float32, "row", "head"),
+)
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """What the pattern model says after these tokens: a hash of all of them, never EOS."""
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token + 1) % 1_000_003
+    return 1 + value % (VOCAB - 1)
+
+
+def answer(prompt: Sequence[int], count: int) -> tuple[int, ...]:
+    """The pattern model's continuation of a prompt."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tuple(tokens[len(prompt) :])
+
+
+class FakeClock:
+    """Time that moves only when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+class PatternRunner:
+    """Writes signatures to KV, and raises AssertionError if what should be there is not."""
+
+    def __init__(self, pool: MemoryPool) -> None:
+        self._pool = pool
+        self._told: dict[str, list[int]] = {}
+        self.plans: list[StepPlan] = []
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        kv = self._pool.kv
+        for buffer in self._pool.arena.buffers(plan.num_tokens, plan.num_rows).values():
+            buffer.fill_(float("nan"))  # a chunk that is KV and activation at once would show
+        for piece in plan.pieces:
+            told = self._told.setdefault(piece.request_id, [])
+            del told[piece.start :]
+            assert len(told) == piece.start
+            self._verify(kv, piece.slot, told)
+            told.extend(piece.token_ids)
+            for position, token in enumerate(piece.token_ids, piece.start):
+                self._write(kv, piece.slot, position, token)
+        self.plans.append(plan)
+        return torch.zeros(plan.num_rows, VOCAB)
+
+    def synchronize(self) -> None:
+        pass
+
+    @staticmethod
+    def _where(kv: KvCache, slot: int, position: int) -> tuple[int, int]:
+        tokens = kv.geometry.tokens_per_chunk
+        return kv.first_row(slot) + position // tokens, position % tokens
+
+    def _write(self, kv: KvCache, slot: int, position: int, token: int) -> None:
+        row, offset = self._where(kv, slot, position)
+        for layer, view in enumerate(kv.layer_views):
+            view[row, 0, offset] = token * 100 + layer
+            view[row, 1, offset] = -(token * 100 + layer)
+
+    def _verify(self, kv: KvCache, slot: int, tokens: Sequence[int]) -> None:
+        rows = kv.geometry.rows_for(len(tokens))
+        first = kv.first_row(slot)
+        expected = torch.tensor(tokens, dtype=torch.float32) * 100
+        for layer, view in enumerate(kv.layer_views):
+            keys = view[first : first + rows, 0].reshape(-1, *view.shape[3:])[: len(tokens)]
+            values = view[first : first + rows, 1].reshape(-1, *view.shape[3:])[: len(tokens)]
+            want = (expected + layer)[:, None, None].expand_as(keys)
+            assert torch.equal(keys, want), "keys are not what was written"
+            assert torch.equal(values, -want), "values are not what was written"
+
+
+class PatternSampler:
+    """Continues every sequence with `next_token`."""
+
+    def sample(self, logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> list[Sampled]:
+        assert len(logits) == len(sequences)
+        return [Sampled(next_token(seq.tokens(0, seq.num_tokens)), None) for seq in sequences]
+
+
+class Bench:
+    """An engine of fakes over real host memory, and what it published."""
+
+    def __init__(
+        self,
+        total_chunks: int = 64,
+        memory: MemoryConfig | None = None,
+        scheduler: SchedulerConfig | None = None,
+        max_model_len: int = 256,
+        vm: VirtualMemory | None = None,
+    ) -> None:
+        scheduler = scheduler or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
+        memory = memory or MemoryConfig()
+        config = EngineConfig(ModelSource("pattern", "nowhere"), memory, scheduler)
+        self.vm = vm or HostVirtualMemory(CHUNK_BYTES, total_chunks)
+        self.pool = MemoryPool(
+            self.vm,
+            total_chunks,
+            memory.mode,
+            GEOMETRY,
+            SPECS,
+            scheduler.max_num_seqs,
+            max_model_len,
+            scheduler.max_num_batched_tokens,
+            torch.float32,
+        )
+        info = EngineInfo("pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0)
+        self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids)
+        self.runner = PatternRunner(self.pool)
+        self.deltas: dict[str, TokenDelta] = {}
+        self.engine = Engine(
+            config, info, self.pool, self.scheduler, self.runner, PatternSampler(), self._take, FakeClock()
+        )
+
+    def _take(self, deltas: Sequence[TokenDelta]) -> None:
+        for delta in deltas:
+            before = self.deltas.get(delta.request_id)
+            assert before is None or before.finish_reason is None, "a delta after the end"
+            self.deltas[delta.request_id] = delta if before is None else before.then(delta)
+
+    def run(self, max_steps: int = 10_000) -> int:
+        """Step until there is nothing to do; how many steps that took."""
+        for count in range(max_steps):
+            if not self.engine.step():
+                self.pool.check()
+                return count
+        raise AssertionError(f"still busy after {max_steps} steps")
+
+    def assert_idle(self) -> None:
+        """Nothing runs, nothing waits, and every chunk is free but the arena's and the guard."""
+        now = self.engine.snapshot
+        assert (now.num_running, now.num_waiting) == (0, 0)
+        self.pool.check()
+        memory = self.pool.snapshot()
+        assert memory.kv == memory.retiring == memory.kv_tokens == 0
+        assert memory.free + memory.activation + memory.guard == memory.total
