@@ -103,14 +103,15 @@ def make_driver(device: torch.device, chunk_bytes: int, memory: MemoryConfig) ->
 
 
 def _geometry(model: LoadedModel, memory: MemoryConfig) -> KvGeometry:
-    default = _GPU_CHUNK_BYTES if model.device.type == "cuda" else _CPU_CHUNK_BYTES
+    on_gpu = model.device.type == "cuda"
     return KvGeometry.choose(
         model.config.num_layers,
         model.config.num_kv_heads,
         model.config.head_dim,
         model.dtype.itemsize,
-        memory.chunk_bytes or default,
+        memory.chunk_bytes or (_GPU_CHUNK_BYTES if on_gpu else _CPU_CHUNK_BYTES),
         memory.layers_per_group,
+        min_tokens=128 if on_gpu else 64,  # no tiles on a CPU; smaller chunks waste less
     )
 
 

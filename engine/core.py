@@ -228,9 +228,13 @@ class Engine:
         if not sequences:
             self._runner.synchronize()  # a step that samples has already waited for its tokens
         self._pool.finished(plan.step)
-        return {
-            seq.request_id: (one.token_id, one.logprobs) for seq, one in zip(sequences, sampled, strict=True)
-        }
+        results = {}
+        for seq, one in zip(sequences, sampled, strict=True):
+            if one.error is None:
+                results[seq.request_id] = (one.token_id, one.logprobs)
+            else:
+                self._fail(seq, one.error)
+        return results
 
     def _fail(self, seq: EngineSequence, message: str) -> None:
         logger.warning("request %s failed: %s", seq.request_id, message)

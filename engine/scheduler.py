@@ -128,11 +128,14 @@ class Scheduler:
         """Write a finished step's results back; the deltas to publish.
 
         Args:
-            tokens: the chosen token of each piece that samples, by request id.
+            tokens: the chosen token of each piece that samples, by request id. Sequences that have
+                ended since the plan was made are passed over.
         """
         deltas = []
         for piece in plan.pieces:
-            seq = self._by_id[piece.request_id]
+            seq = self._by_id.get(piece.request_id)
+            if seq is None:
+                continue
             seq.num_computed += len(piece.token_ids)
             if piece.samples:
                 if seq.state is State.PREFILLING:

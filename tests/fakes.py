@@ -111,11 +111,19 @@ class PatternRunner:
 
 
 class PatternSampler:
-    """Continues every sequence with `next_token`."""
+    """Continues every sequence with `next_token`, or reports an error for those named in `broken`."""
+
+    def __init__(self) -> None:
+        self.broken: set[str] = set()
 
     def sample(self, logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> list[Sampled]:
         assert len(logits) == len(sequences)
-        return [Sampled(next_token(seq.tokens(0, seq.num_tokens)), None) for seq in sequences]
+        return [
+            Sampled(0, error="not finite")
+            if seq.request_id in self.broken
+            else Sampled(next_token(seq.tokens(0, seq.num_tokens)))
+            for seq in sequences
+        ]
 
 
 class Bench:
@@ -147,9 +155,10 @@ class Bench:
         info = EngineInfo("pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0)
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids)
         self.runner = PatternRunner(self.pool)
+        self.sampler = PatternSampler()
         self.deltas: dict[str, TokenDelta] = {}
         self.engine = Engine(
-            config, info, self.pool, self.scheduler, self.runner, PatternSampler(), self._take, FakeClock()
+            config, info, self.pool, self.scheduler, self.runner, self.sampler, self._take, FakeClock()
         )
 
     def _take(self, deltas: Sequence[TokenDelta]) -> None:

@@ -20,7 +20,6 @@ from engine.memory.chunks import ChunkPool
 from engine.memory.virtual_tensor import VirtualTensor
 
 _MAX_LAYERS_PER_GROUP = 8  # read bandwidth at G = 1, 2, 4, 8, 16: 3.01, 3.00, 3.02, 2.99, 2.95 TB/s (H100)
-_MIN_TOKENS = 128  # the widest tile of the attention kernels, which must not straddle chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +67,12 @@ class KvGeometry:
         itemsize: int,
         chunk_bytes: int,
         layers_per_group: int | None = None,
+        min_tokens: int = 128,
     ) -> KvGeometry:
-        """G and T by rule: as many layers as cost no read bandwidth (8) while a chunk still holds a
-        whole attention tile (128 tokens), unless that wastes over 3 % more of each chunk than the
-        best choice. More layers a chunk mean less waste in the last chunk of each sequence.
+        """G and T by rule: as many layers as cost no read bandwidth (8) while a chunk still holds
+        `min_tokens` tokens (128 is the widest tile of the attention kernels, and a tile must not
+        straddle chunks), unless that wastes over 3 % more of each chunk than the best choice. More
+        layers a chunk mean less waste in the last chunk of each sequence.
 
         Raises:
             ConfigError: if a chunk cannot hold one token.
@@ -89,7 +90,7 @@ class KvGeometry:
                 f"a chunk of {chunk_bytes} bytes cannot hold one token's keys and values: "
                 "raise memory.chunk_bytes"
             )
-        wide = [option for option in options if option.tokens_per_chunk >= _MIN_TOKENS] or options[:1]
+        wide = [option for option in options if option.tokens_per_chunk >= min_tokens] or options[:1]
         best = max(option._filled for option in wide)
         good = [option for option in wide if option._filled >= best - 0.03]
         return max(good, key=lambda o: (o.tokens_per_chunk % 64 == 0, o.layers_per_group))

@@ -256,6 +256,20 @@ def test_running_out_of_device_memory_fails_the_newest_request_only(monkeypatch:
     bench.assert_idle()
 
 
+def test_one_sequence_with_broken_logits_fails_alone() -> None:
+    bench = Bench()
+    good, bad = _request("good", 20, 20), _request("bad", 20, 20)
+    bench.engine.submit(good)
+    bench.engine.submit(bad)
+    for _ in range(4):
+        bench.engine.step()
+    bench.sampler.broken.add("bad")
+    bench.run()
+    assert bench.deltas["bad"].error == "not finite"
+    _expect(bench, good)
+    bench.assert_idle()
+
+
 def _out_of_memory(plan: object) -> torch.Tensor:
     raise torch.OutOfMemoryError("no room for temporaries")
 

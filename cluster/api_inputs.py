@@ -1,0 +1,93 @@
+"""Reads the fields of a body that come in several shapes: prompts, messages and stop strings.
+
+Each reader takes what the client sent and returns one shape, or raises RequestError naming the part at fault.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.api_body import refuse_unless_neutral
+from engine.errors import RequestError
+
+MAX_SEQUENCES = 256  # prompts times n of one request
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 512
+
+
+def read_stop(value: Any) -> list[str]:
+    """A string or a list of strings, as a list."""
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise RequestError("stop must be a string or a list of strings", "stop", "invalid_type")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stops)}", "stop")
+    if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise RequestError(f"each stop string must have 1 to {MAX_STOP_CHARS} characters", "stop")
+    return stops
+
+
+def read_prompts(value: Any) -> list[Any]:
+    """A string, a list of strings, token ids or a list of lists of them, as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if len(value) > MAX_SEQUENCES:
+            raise RequestError(f"prompt takes at most {MAX_SEQUENCES} prompts, not {len(value)}", "prompt")
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(isinstance(item, list) and all(type(token) is int for token in item) for item in value):
+            return value
+    raise RequestError(
+        "prompt must be a string, a list of strings, a list of token ids or a list of such lists; not empty",
+        "prompt",
+        "invalid_type",
+    )
+
+
+def read_messages(value: Any) -> list[dict[str, str]]:
+    """A conversation as chat templates want it."""
+    if not isinstance(value, list) or not value:
+        raise RequestError("messages must be a list with at least one message", "messages")
+    return [_message(item, f"messages[{index}]") for index, item in enumerate(value)]
+
+
+def _message(value: Any, path: str) -> dict[str, str]:
+    """One message as a chat template wants it: role, content as one string, perhaps a name."""
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} must be an object with role and content", path, "invalid_type")
+    role = value.get("role")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise RequestError(
+            f"{path}.role must be system, developer, user or assistant, not {str(role)[:64]!r}; "
+            "tools are not supported",
+            f"{path}.role",
+        )
+    for name, extra in value.items():
+        if name not in ("role", "content", "name"):
+            refuse_unless_neutral(f"{path}.{name[:64]}", extra, ([], ""))
+    # Templates were trained with `system`; `developer` is OpenAI's newer name for it.
+    message = {"role": "system" if role == "developer" else role}
+    message["content"] = _content(value.get("content"), f"{path}.content")
+    if value.get("name") is not None:
+        message["name"] = str(value["name"])
+    return message
+
+
+def _content(value: Any, path: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise RequestError(f"{path} must be a string or a list of text parts", path, "invalid_type")
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(
+                f"{path}[{index}] must be a text part, not {str(kind)[:64]!r}: this server reads text only",
+                f"{path}[{index}]",
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)

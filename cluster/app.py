@@ -1,0 +1,145 @@
+"""The composition root: from `args` to a Ray Serve application.
+
+`import_path: cluster.app:build` in a Serve config file leads here, with `serve deploy` and with
+`ballonet serve` alike. Nothing else in the repository constructs deployments.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from cluster.config import LLMConfig, ServingArgs, to_engine_config, validate
+from cluster.controller import ControllerReplica
+from cluster.group import TpGroup
+from cluster.ingress import IngressConfig, create_app
+from cluster.metrics import IngressMetrics, RayBackend
+from cluster.served_model import GroupsOfModel
+from cluster.tokenizer import Tokenizer
+from engine.actor import EngineActor
+from engine.config import Device
+from engine.errors import ConfigError
+
+# Serve's own processes are light: shares small enough that a laptop with one free core has room.
+_LIGHT = 0.1
+_CPU_RANK = {"CPU": 0.5}
+_GPU_RANK = {"CPU": 1.0, "GPU": 1.0}
+_STATS_PERIOD_S = 1.0
+_CONTROL_CALLS = 64  # health checks and snapshots that an engine answers beside its requests
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What an ingress replica needs to know of one model. Travels to it pickled."""
+
+    model_id: str
+    deployment: str
+    tokenizer_source: str
+    created: int
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application that `args` describe. Ray must be running. Raises ConfigError."""
+    return build_application(validate(ServingArgs, args), EngineActor)
+
+
+def build_application(args: ServingArgs, engine_class: type) -> serve.Application:
+    """The same with an engine of choice: a plain class shaped like `engine.actor.EngineActor`."""
+    device = _cluster_device()
+    created = int(time.time())
+    served, groups = [], {}
+    for llm in args.llm_configs:
+        name = deployment_name(llm.model_id)
+        served.append(_Served(llm.model_id, name, llm.tokenizer_source, created))
+        groups[llm.model_id] = _group(name, llm, device, engine_class)
+    controller = serve.deployment(ControllerReplica).options(
+        name="Controller", num_replicas=1, ray_actor_options={"num_cpus": _LIGHT}
+    )
+    ingress = serve.deployment(serve.ingress(_asgi_builder(tuple(served), args))()).options(
+        name="Ingress",
+        num_replicas=args.ingress.num_replicas,
+        max_ongoing_requests=args.ingress.max_ongoing_requests,
+        ray_actor_options={"num_cpus": _LIGHT},
+    )
+    # Serve takes from these arguments only which deployments belong together; the ingress resolves
+    # its handles by name.
+    return ingress.bind(*groups.values(), controller.bind(groups, args.controller.tick_s))
+
+
+def deployment_name(model_id: str) -> str:
+    """The Serve deployment of a model's groups; Serve reserves some characters."""
+    return f"TpGroup-{re.sub(r'[^A-Za-z0-9_.-]', '-', model_id)}"
+
+
+def _cluster_device() -> Device:
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+
+
+def _group(name: str, llm: LLMConfig, auto_device: Device, engine_class: type) -> serve.Application:
+    wanted = llm.engine_kwargs.device
+    device = auto_device if wanted == "auto" else wanted
+    if device == "cuda" and _cluster_device() == "cpu":
+        raise ConfigError(f"{llm.model_id}: engine_kwargs.device is cuda, but the Ray cluster has no GPU")
+    resources = _rank_resources(llm, device)
+    options = llm.deployment_config
+    limit = llm.engine_kwargs.max_num_seqs + llm.engine_kwargs.max_num_queued_reqs
+    max_ongoing = options.max_ongoing_requests or limit
+    deployment = serve.deployment(TpGroup).options(
+        name=name,
+        **options.model_dump(exclude_none=True, exclude={"max_ongoing_requests", "max_queued_requests"}),
+        max_ongoing_requests=max_ongoing,
+        max_queued_requests=options.max_queued_requests or llm.engine_kwargs.max_num_queued_reqs,
+        ray_actor_options={"num_cpus": _LIGHT},
+        placement_group_bundles=[{"CPU": _LIGHT}, resources],
+        placement_group_strategy=llm.placement_group_config.strategy
+        if llm.placement_group_config
+        else "STRICT_PACK",
+        request_router_config=RequestRouterConfig(
+            request_router_class="cluster.router:LeastWorkRouter",
+            request_routing_stats_period_s=_STATS_PERIOD_S,
+        ),
+        logging_config={"enable_access_log": False},
+    )
+    return deployment.bind(
+        to_engine_config(llm, device), engine_class, resources, max_ongoing + _CONTROL_CALLS
+    )
+
+
+def _rank_resources(llm: LLMConfig, device: Device) -> dict[str, float]:
+    resources = dict(_GPU_RANK if device == "cuda" else _CPU_RANK)
+    if llm.placement_group_config is not None:
+        resources = dict(llm.placement_group_config.bundle_per_worker)
+    if llm.accelerator_type is not None:
+        resources[f"accelerator_type:{llm.accelerator_type}"] = 0.001  # Ray's way to ask for a kind of GPU
+    return resources
+
+
+def _asgi_builder(served: tuple[_Served, ...], args: ServingArgs) -> Callable[[], FastAPI]:
+    """A function that Serve calls in each ingress replica."""
+    config = IngressConfig(
+        api_keys=args.ingress.all_api_keys(),
+        max_body_bytes=args.ingress.max_body_bytes,
+        request_timeout_s=args.ingress.request_timeout_s,
+    )
+
+    def build_asgi_app() -> FastAPI:
+        models = {
+            model.model_id: GroupsOfModel(
+                model.model_id,
+                model.created,
+                Tokenizer.load(model.tokenizer_source),
+                serve.get_deployment_handle(model.deployment),
+            )
+            for model in served
+        }
+        return create_app(models, config, IngressMetrics(RayBackend()))
+
+    return build_asgi_app

@@ -1,0 +1,157 @@
+"""A small client of the HTTP API: what the command line needs, over the same wire as everybody else."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from engine.errors import BallonetError
+from engine.messages import EngineSnapshot, MemorySnapshot
+
+_CONNECT_S = 5.0
+_READ_S = 600.0  # a long prompt on a slow machine sends nothing for minutes
+
+Message = Mapping[str, str]
+
+
+class ClientError(BallonetError):
+    """The server cannot be reached or refused; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One chat completion as the client saw it.
+
+    Attributes:
+        ttft_s: from sending to the first piece of text.
+        total_s: from sending to the end of the stream.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first token; 0 when there is only one."""
+        if self.completion_tokens < 2 or self.total_s <= self.ttft_s:
+            return 0.0
+        return (self.completion_tokens - 1) / (self.total_s - self.ttft_s)
+
+
+class Client:
+    """Talks to one server. Every method raises ClientError."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(
+            base_url=url.rstrip("/"), headers=headers, timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S)
+        )
+
+    def models(self) -> list[str]:
+        """Ids of the models that the server offers."""
+        return [model["id"] for model in self._get("/v1/models")["data"]]
+
+    def status(self) -> dict[str, list[EngineSnapshot]]:
+        """Snapshots of all engines by model id."""
+        answer = self._get("/status")
+        return {
+            model["model_id"]: [_snapshot(engine) for engine in model["engines"]]
+            for model in answer["models"]
+        }
+
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        on_text: Callable[[str], None],
+        **sampling: float | None,
+    ) -> Answer:
+        """One streamed completion; `on_text` gets each piece of text as it comes.
+
+        `sampling` are fields of the request such as `temperature`; None leaves one out.
+        """
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": list(messages),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        body |= {name: value for name, value in sampling.items() if value is not None}
+        started = time.monotonic()
+        first_s, pieces, reason, usage = None, [], "", {"prompt_tokens": 0, "completion_tokens": 0}
+        for event in self._events("/v1/chat/completions", body):
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                reason = choice.get("finish_reason") or reason
+                if text := choice["delta"].get("content"):
+                    first_s = first_s or time.monotonic() - started
+                    pieces.append(text)
+                    on_text(text)
+        total_s = time.monotonic() - started
+        return Answer(
+            text="".join(pieces),
+            finish_reason=reason,
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            ttft_s=first_s or total_s,
+            total_s=total_s,
+        )
+
+    def _get(self, path: str) -> Any:
+        try:
+            response = self._http.get(path)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.is_error:
+            raise _refused(response)
+        return response.json()
+
+    def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        has_ended = False
+        try:
+            with self._http.stream("POST", path, json=body) as response:
+                if response.is_error:
+                    response.read()
+                    raise _refused(response)
+                for line in response.iter_lines():
+                    data = line.removeprefix("data: ")
+                    has_ended = has_ended or data == "[DONE]"
+                    if line.startswith("data: ") and not has_ended:
+                        yield _checked(json.loads(data))
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if not has_ended:
+            raise ClientError("the server closed the stream before its end")
+
+    def _unreachable(self, error: httpx.HTTPError) -> ClientError:
+        return ClientError(f"no answer from {self._http.base_url}: {error or type(error).__name__}")
+
+
+def _checked(event: dict[str, Any]) -> dict[str, Any]:
+    if "error" in event:
+        raise ClientError(str(event["error"].get("message", event["error"])))
+    return event
+
+
+def _refused(response: httpx.Response) -> ClientError:
+    try:
+        reason = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        reason = response.text.strip()[:200] or response.reason_phrase
+    return ClientError(f"HTTP {response.status_code}: {reason}")
+
+
+def _snapshot(data: Mapping[str, Any]) -> EngineSnapshot:
+    fields = dict(data)
+    fields["memory"] = MemorySnapshot(**fields["memory"])
+    fields["finished"] = tuple((reason, count) for reason, count in fields["finished"])
+    return EngineSnapshot(**fields)

@@ -1,0 +1,335 @@
+"""The YAML file: a Ray Serve config file whose `args` are ours.
+
+Names follow Ray's LLMServingArgs and LLMConfig, so that a Ray LLM file ports by changing its
+`import_path`. What an engine field means stands in `engine.config`, once; what a `deployment_config`
+field means stands in Ray Serve's documentation. This is the one place that expands `~` and
+environment variables. `cluster.config_errors` words what can go wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from cluster.config_errors import explain
+from engine.config import Device, Dtype, EngineConfig, LoadFormat, MemoryConfig, Mode, ModelSource
+from engine.config import SchedulerConfig as EngineSchedulerConfig
+from engine.errors import ConfigError
+
+_SCHEDULER = EngineSchedulerConfig()  # the defaults stand in engine.config alone
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_bytes(value: object) -> int:
+    """`1GiB`, `512 MiB`, `2GB` (decimal) or a number of bytes. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{value!r} is no size; write bytes, or a number with KiB, MiB, GiB or TiB")
+    number, power, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[power.lower()])
+
+
+def expand(value: str) -> str:
+    """`~` and `$VARIABLES` replaced; a variable that is not set raises ValueError."""
+    expanded = os.path.expandvars(os.path.expanduser(value))
+    if missing := re.search(r"\$\{?(\w+)\}?", expanded):
+        raise ValueError(f"the environment variable {missing[1]} is not set")
+    return expanded
+
+
+def _source(value: object) -> object:
+    """A path becomes absolute, because replicas run in another directory; a hub id stays."""
+    if not isinstance(value, str):
+        return value
+    expanded = expand(value)
+    is_path = expanded.startswith((".", "/")) or Path(expanded).exists()
+    return str(Path(expanded).absolute()) if is_path else expanded
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Source = Annotated[str, BeforeValidator(_source), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of every part of the file: unknown keys are errors, values never change."""
+
+    # strict: YAML has types, and `num_replicas: "2"` or `max_num_seqs: true` is a slip of the pen.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelLoadingConfig(Section):
+    """`model_source` is a directory, a `.gguf` file or a hub id; without it `model_id` is the hub id."""
+
+    model_id: str = Field(min_length=1)
+    model_source: Source | None = None
+    tokenizer_source: Source | None = None
+
+
+class EngineKwargs(Section):
+    """`engine.config.SchedulerConfig`, `ModelSource` and `EngineConfig` under vLLM's names.
+
+    `device: auto` is cuda where the Ray cluster has GPUs, else cpu.
+    """
+
+    max_model_len: PositiveInt | None = None
+    max_num_seqs: PositiveInt = _SCHEDULER.max_num_seqs
+    max_num_batched_tokens: PositiveInt = _SCHEDULER.max_num_batched_tokens
+    prefill_piece_tokens: PositiveInt | None = None
+    max_num_queued_reqs: PositiveInt = _SCHEDULER.max_num_queued_reqs
+    dtype: Dtype = "auto"
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+    tensor_parallel_size: PositiveInt = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: PositiveInt | None = None
+
+    @field_validator("tensor_parallel_size")
+    @classmethod
+    def _one_rank(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("only 1 is supported so far; use num_replicas to use more GPUs")
+        return value
+
+
+class MemorySection(Section):
+    """`engine.config.MemoryConfig`; sizes may be written as `512MiB`."""
+
+    mode: Mode = "elastic"
+    pool_bytes: Bytes | None = None
+    chunk_bytes: Bytes | None = None
+    layers_per_group: PositiveInt | None = None
+    margin_bytes: Bytes = MemoryConfig().margin_bytes
+
+
+class PlacementGroupConfig(Section):
+    """Resources of one rank of a group; without it one CPU share, and one GPU on cuda."""
+
+    bundle_per_worker: dict[str, float] = Field(min_length=1)
+    strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
+
+
+class AutoscalingSection(Section):
+    """Ray Serve's autoscaling_config; a key that is left out keeps Serve's default."""
+
+    min_replicas: NonNegativeInt | None = None
+    initial_replicas: NonNegativeInt | None = None
+    max_replicas: PositiveInt | None = None
+    target_ongoing_requests: PositiveFloat | None = None
+    look_back_period_s: PositiveFloat | None = None
+    metrics_interval_s: PositiveFloat | None = None
+    upscale_delay_s: NonNegativeFloat | None = None
+    downscale_delay_s: NonNegativeFloat | None = None
+    upscaling_factor: PositiveFloat | None = None
+    downscaling_factor: PositiveFloat | None = None
+
+
+class DeploymentSection(Section):
+    """Ray Serve's options of one model's groups, with defaults that suit long streams.
+
+    `max_ongoing_requests` is by default all that the engine can run and queue, so that requests
+    wait in one place, the engine's queue; what exceeds that and `max_queued_requests` gets a 429.
+    """
+
+    num_replicas: PositiveInt | Literal["auto"] | None = None
+    autoscaling_config: AutoscalingSection | None = None
+    max_ongoing_requests: PositiveInt | None = None
+    max_queued_requests: PositiveInt | None = None
+    graceful_shutdown_timeout_s: PositiveFloat = 120.0
+    graceful_shutdown_wait_loop_s: PositiveFloat = 2.0
+    health_check_period_s: PositiveFloat = 10.0
+    health_check_timeout_s: PositiveFloat = 30.0
+    max_constructor_retry_count: PositiveInt = 3
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> Self:
+        if isinstance(self.num_replicas, int) and self.autoscaling_config is not None:
+            raise ValueError("num_replicas and autoscaling_config exclude each other")
+        return self
+
+
+class LLMConfig(Section):
+    """One model and how it is served."""
+
+    model_loading_config: ModelLoadingConfig
+    accelerator_type: str | None = None
+    engine_kwargs: EngineKwargs = EngineKwargs()
+    memory: MemorySection = MemorySection()
+    placement_group_config: PlacementGroupConfig | None = None
+    deployment_config: DeploymentSection = DeploymentSection()
+
+    @property
+    def model_id(self) -> str:
+        return self.model_loading_config.model_id
+
+    @property
+    def model_source(self) -> str:
+        """Where the weights are."""
+        return self.model_loading_config.model_source or self.model_id
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer is."""
+        return self.model_loading_config.tokenizer_source or self.model_source
+
+    @model_validator(mode="after")
+    def _engine_agrees(self) -> Self:
+        try:
+            to_engine_config(self, "cpu")
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class IngressSection(Section):
+    """The HTTP side.
+
+    `api_keys` are accepted as `Authorization: Bearer`; `api_keys_env` names an environment variable
+    with more of them, separated by commas, so that no key needs to stand in the file. Without any
+    key the server is open.
+    """
+
+    api_keys: tuple[str, ...] = Field(default=(), strict=False)
+    api_keys_env: str | None = None
+    max_body_bytes: Bytes = 4 << 20
+    request_timeout_s: PositiveFloat | None = None
+    num_replicas: PositiveInt = 1
+    max_ongoing_requests: PositiveInt = 10_000
+
+    @model_validator(mode="after")
+    def _keys_exist(self) -> Self:
+        if self.api_keys_env is not None and not self.all_api_keys():
+            raise ValueError(f"api_keys_env: the environment variable {self.api_keys_env} holds no key")
+        return self
+
+    def all_api_keys(self) -> tuple[str, ...]:
+        """The keys of the file and of the environment."""
+        from_env = os.environ.get(self.api_keys_env, "") if self.api_keys_env else ""
+        return self.api_keys + tuple(key.strip() for key in from_env.split(",") if key.strip())
+
+
+class ControllerSection(Section):
+    """`tick_s`: seconds between two looks at all groups."""
+
+    tick_s: PositiveFloat = 1.0
+
+
+class ServingArgs(Section):
+    """The `args` of one application."""
+
+    llm_configs: tuple[LLMConfig, ...] = Field(min_length=1, strict=False)
+    ingress: IngressSection = IngressSection()
+    controller: ControllerSection = ControllerSection()
+
+    @model_validator(mode="after")
+    def _distinct_models(self) -> Self:
+        model_ids = [llm.model_id for llm in self.llm_configs]
+        if doubles := {model_id for model_id in model_ids if model_ids.count(model_id) > 1}:
+            raise ValueError(f"llm_configs: model_id {', '.join(sorted(doubles))} appears more than once")
+        return self
+
+
+class ApplicationSection(Section):
+    """One Serve application."""
+
+    import_path: Literal["cluster.app:build"]
+    args: ServingArgs
+    name: str = Field(default="ballonet", min_length=1)
+    route_prefix: str = "/"
+
+
+class HttpSection(Section):
+    """Ray Serve's http_options. `ballonet serve` listens on this host only unless `host` says otherwise."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    root_path: str = ""
+    request_timeout_s: PositiveFloat | None = None
+    keep_alive_timeout_s: PositiveInt = 90
+
+
+class ServeFile(Section):
+    """The whole file."""
+
+    applications: tuple[ApplicationSection, ...] = Field(min_length=1, strict=False)
+    http_options: HttpSection = HttpSection()
+    proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"
+    logging_config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _distinct_applications(self) -> Self:
+        for what in ("name", "route_prefix"):
+            values = [getattr(application, what) for application in self.applications]
+            if len(set(values)) < len(values):
+                raise ValueError(f"applications: two of them have the same {what}")
+        return self
+
+
+T = TypeVar("T", bound=Section)
+
+
+def validate(section: type[T], data: object) -> T:
+    """`data` as a `section`. Raises ConfigError with every fault, its path and the remedy."""
+    try:
+        return section.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, section)) from error
+
+
+def load(path: Path) -> ServeFile:
+    """The file at `path`. Raises ConfigError."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    try:
+        return validate(ServeFile, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path} has errors:\n{error}") from error
+
+
+def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
+    """What the engine of one rank needs, for a device that is already decided. Raises ConfigError."""
+    kwargs = llm.engine_kwargs
+    return EngineConfig(
+        model=ModelSource(
+            model_id=llm.model_id,
+            source=llm.model_source,
+            tokenizer_source=llm.model_loading_config.tokenizer_source,
+            load_format=kwargs.load_format,
+            dtype=kwargs.dtype,
+            seed=kwargs.seed,
+        ),
+        memory=MemoryConfig(**llm.memory.model_dump()),
+        scheduler=EngineSchedulerConfig(
+            max_num_seqs=kwargs.max_num_seqs,
+            max_num_batched_tokens=kwargs.max_num_batched_tokens,
+            prefill_piece_tokens=kwargs.prefill_piece_tokens,
+            max_num_queued_reqs=kwargs.max_num_queued_reqs,
+        ),
+        device=device,
+        max_model_len=kwargs.max_model_len,
+        num_threads=kwargs.num_threads,
+    )

@@ -1,0 +1,141 @@
+"""One TP group: the Serve replica beside the engine that holds one copy of a model.
+
+Owns the engine actor (rank 0; more ranks are not there yet), its place in the replica's placement
+group, its health and its end. Tokens pass through; nothing here knows text or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.metrics import GroupMetrics, RayBackend
+from engine.config import EngineConfig
+from engine.errors import BallonetError, EngineDeadError
+from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+
+ENGINE_BUNDLE = 1  # bundle 0 of the placement group holds the replica itself
+_SHUTDOWN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Sent instead of the first delta. A value, because Serve logs a traceback for every exception
+    that leaves a replica, and refusals come by the hundred when the system is full."""
+
+    error: BallonetError
+
+
+class TpGroup:
+    """The deployment's class. Its methods are called through a handle.
+
+    Args:
+        config: of the engine.
+        engine_class: a plain class shaped like `engine.actor.EngineActor`.
+        resources: what the engine's bundle reserves, such as `{"CPU": 1, "GPU": 1}`.
+        max_concurrency: calls the engine actor takes at once.
+
+    Raises:
+        ConfigError, ModelLoadError: the engine did not start; the message is the engine's.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config: EngineConfig,
+        engine_class: type,
+        resources: Mapping[str, float],
+        max_concurrency: int,
+    ) -> None:
+        self._engine = _place(engine_class, resources, max_concurrency).remote(config)
+        try:
+            self._info: EngineInfo = await self._engine.info.remote()
+        except RayTaskError as error:
+            ray.kill(self._engine)
+            raise error.cause from None
+        self._metrics = GroupMetrics(RayBackend(), self._info)
+
+    async def info(self) -> EngineInfo:
+        """Facts of the loaded engine."""
+        return self._info
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta | Refusal, None]:
+        """The engine's deltas, or one Refusal. Closing or cancelling cancels in the engine."""
+        stream = self._engine.generate.options(num_returns="streaming").remote(request)
+        has_ended = False
+        try:
+            async for reference in stream:
+                delta = await reference
+                has_ended = delta.finish_reason is not None
+                yield delta
+        except RayActorError as error:
+            has_ended = True
+            yield Refusal(EngineDeadError(f"the engine's process ended: {_first_line(error)}"))
+        except RayTaskError as error:
+            if not isinstance(error.cause, BallonetError):
+                raise
+            has_ended = True
+            yield Refusal(error.cause)
+        finally:
+            if not has_ended:
+                # Where Serve cancels this call, Ray cancels the engine's generator as well, and may
+                # cancel this very message with it (seen with Ray 2.60): either way is enough.
+                self._engine.cancel.remote(request.request_id)
+
+    async def snapshot(self) -> EngineSnapshot | None:
+        """Facts of this moment; None when the engine is dead."""
+        try:
+            snapshot: EngineSnapshot = await self._engine.snapshot.remote()
+        except (RayActorError, EngineDeadError):
+            return None
+        return snapshot
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        """What `cluster.router` reads. Serve asks once per period, which also paces the metrics."""
+        snapshot = await self.snapshot()
+        if snapshot is None:
+            return {}
+        self._metrics.export(snapshot)
+        return {
+            "num_running": snapshot.num_running,
+            "num_waiting": snapshot.num_waiting,
+            "kv_usage": snapshot.memory.kv / max(snapshot.memory.total, 1),
+            "num_steps": snapshot.num_steps,
+        }
+
+    async def check_health(self) -> None:
+        """Asks the engine's step loop, not only the process. Serve replaces the replica if it raises."""
+        await self._engine.check_health.remote()
+
+    async def __del__(self) -> None:
+        with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
+            await asyncio.wait_for(self._engine.shutdown.remote(), _SHUTDOWN_S)
+        ray.kill(self._engine)
+
+
+def _place(engine_class: type, resources: Mapping[str, float], max_concurrency: int) -> Any:
+    """The engine's actor class, bound to its bundle and to a name that tells whose it is."""
+    replica = serve.get_replica_context()
+    others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    return ray.remote(engine_class).options(
+        name=f"{replica.app_name}:{replica.deployment}:{replica.replica_tag}:rank0",
+        num_cpus=resources.get("CPU", 0),
+        num_gpus=resources.get("GPU", 0),
+        resources=others or None,
+        max_concurrency=max_concurrency,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            get_current_placement_group(), placement_group_bundle_index=ENGINE_BUNDLE
+        ),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

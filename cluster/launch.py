@@ -1,0 +1,147 @@
+"""Bringing applications up on Ray and down again: what `ballonet serve` does between config and prompt.
+
+Owns the local Ray it starts. Knows no terminal; progress is reported through a callback.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.app import build
+from cluster.config import LLMConfig, ServeFile
+from engine.errors import BallonetError, ConfigError
+
+Progress = Callable[[str], None]
+BuildApplication = Callable[[dict[str, Any]], serve.Application]
+
+_POLL_S = 0.25
+_WORDS = {"UPDATING": "starting", "HEALTHY": "ready"}  # Serve's words for a first deployment mislead
+# How Ray renders one of our errors at the end of a traceback, whatever surrounds it.
+_OUR_ERROR = re.compile(r"engine\.errors\.\w+: (.+?)(?=\n\s*\n|\n\x1b|\n\S*Traceback|\Z)", re.DOTALL)
+
+
+class DeployError(BallonetError):
+    """An application did not come up; the message says why, in one piece."""
+
+
+def require_models(file: ServeFile) -> None:
+    """Raises ConfigError when a model is a path of this machine and is not there."""
+    for application in file.applications:
+        for llm in application.args.llm_configs:
+            _require_model(llm)
+
+
+def require_port(file: ServeFile) -> None:
+    """Raises ConfigError when another process listens on the file's port."""
+    host, port = file.http_options.host, file.http_options.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} on {host} cannot be used ({error.strerror}); "
+                "stop the other server or change http_options.port"
+            ) from error
+
+
+def _require_model(llm: LLMConfig) -> None:
+    source = Path(llm.model_source)
+    if not source.is_absolute() or source.exists():
+        return
+    remedy = "run `make model` to fetch it" if source.parent.name == "ballonet" else "check model_source"
+    raise ConfigError(f"{llm.model_id}: there is no model at {source}; {remedy}")
+
+
+@contextmanager
+def ray_running(address: str | None, verbose: bool) -> Iterator[None]:
+    """A Ray to deploy on: one of our own on this machine, or the one at `address`.
+
+    Ours ends with the block; Ray at an address only loses our connection.
+    """
+    # Ray and Serve narrate their start at INFO; the replicas' logs are in the session's directory.
+    ray.init(
+        address=address or "local",
+        include_dashboard=None if address else False,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        log_to_driver=verbose,
+    )
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def deployed(file: ServeFile, progress: Progress, build_one: BuildApplication = build) -> Iterator[str]:
+    """All applications of the file, up and healthy; the value is the server's URL.
+
+    They are removed when the block ends.
+
+    Raises:
+        DeployError: one of them cannot start; nothing stays deployed.
+    """
+    options = file.http_options
+    serve.start(
+        proxy_location=file.proxy_location,
+        http_options=options.model_dump(exclude_none=True),
+        logging_config=file.logging_config,
+    )
+    names = [application.name for application in file.applications]
+    try:
+        serve.run_many(
+            [
+                serve.RunTarget(
+                    build_one(application.args.model_dump(mode="json")),
+                    name=application.name,
+                    route_prefix=application.route_prefix,
+                )
+                for application in file.applications
+            ],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        _wait(names, progress)
+        host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+        yield f"http://{host}:{options.port}"
+    finally:
+        for name in names:
+            serve.delete(name)
+
+
+def _wait(names: list[str], progress: Progress) -> None:
+    said: dict[str, str] = {}
+    while True:
+        applications = serve.status().applications
+        statuses = [applications[name] for name in names if name in applications]
+        for status in statuses:
+            _raise_if_failed(status)
+            for deployment, facts in status.deployments.items():
+                if said.get(deployment) != facts.status:
+                    said[deployment] = facts.status
+                    progress(f"{deployment}: {_WORDS.get(facts.status.value, facts.status.value.lower())}")
+        if len(statuses) == len(names) and all(status.status == "RUNNING" for status in statuses):
+            return
+        time.sleep(_POLL_S)
+
+
+def _raise_if_failed(status: Any) -> None:
+    messages = [facts.message for facts in status.deployments.values()] + [status.message]
+    for message in messages:
+        # Our own errors come back at every try: no use in waiting for Serve's last one.
+        if match := _OUR_ERROR.search(message or ""):
+            raise DeployError(match[1].strip())
+    if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        raise DeployError("\n".join(message for message in messages if message))

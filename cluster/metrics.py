@@ -1,0 +1,263 @@
+"""Every metric of the cluster: the one table, and what feeds it.
+
+Ray exports each as `ray_<name>` (counters with `_total`) and adds the labels deployment, replica and
+application. Suffixes and meanings are vLLM's where a metric of the kind exists there. A row without
+a feeder does not belong here: `tests/unit/test_metrics.py` drives the feeders and checks the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from engine.messages import EngineInfo, EngineSnapshot
+
+_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_ITL_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_E2E_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_TOKENS = (1.0, 10.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2e3, 4e3, 8e3, 16e3, 32e3, 64e3, 128e3, 256e3)
+_TICK_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table. `labels` come besides those that Ray Serve adds."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ("model_name",)
+    buckets: tuple[float, ...] = ()
+
+
+def _histogram(name: str, unit: str, text: str, buckets: tuple[float, ...]) -> Metric:
+    return Metric(name, "histogram", unit, text, buckets=buckets)
+
+
+REGISTRY: tuple[Metric, ...] = (
+    # From the ingress: what clients see.
+    _histogram(
+        "ballonet_time_to_first_token_seconds", "s", "From a request's arrival to its first token.", _TTFT_S
+    ),
+    _histogram(
+        "ballonet_inter_token_latency_seconds",
+        "s",
+        "Between two outputs of one stream after the first.",
+        _ITL_S,
+    ),
+    _histogram("ballonet_e2e_request_latency_seconds", "s", "From a request's arrival to its end.", _E2E_S),
+    _histogram("ballonet_request_prompt_tokens", "tokens", "Prompt length of ended requests.", _TOKENS),
+    _histogram("ballonet_request_generation_tokens", "tokens", "Output length of ended requests.", _TOKENS),
+    Metric("ballonet_requests_started", "counter", "requests", "Requests handed to an engine."),
+    Metric(
+        "ballonet_request_success",
+        "counter",
+        "requests",
+        "Ended requests by finish reason: stop, length, cancelled or error.",
+        ("model_name", "finished_reason"),
+    ),
+    Metric(
+        "ballonet_request_rejections",
+        "counter",
+        "requests",
+        "Requests answered with an HTTP error before any token.",
+        ("model_name", "status"),
+    ),
+    # From each TP group: what its engine is doing.
+    Metric("ballonet_num_requests_running", "gauge", "requests", "Sequences that hold KV."),
+    Metric("ballonet_num_requests_waiting", "gauge", "requests", "Sequences in the engine's queue."),
+    Metric("ballonet_kv_cache_usage_perc", "gauge", "1", "Share of the pool's chunks that hold KV, 0 to 1."),
+    Metric("ballonet_kv_cache_tokens", "gauge", "tokens", "Tokens whose KV is held."),
+    Metric(
+        "ballonet_pool_bytes",
+        "gauge",
+        "bytes",
+        "The elastic pool by state: kv, activation, guard, retiring, warm (free, mapped), free (the rest).",
+        ("model_name", "state"),
+    ),
+    Metric("ballonet_pool_created_bytes", "gauge", "bytes", "The pool's memory with physical backing."),
+    Metric("ballonet_weight_bytes", "gauge", "bytes", "Memory of the weights, outside the pool."),
+    Metric(
+        "ballonet_driver_calls", "counter", "calls", "Create, map, unmap and release calls of the driver."
+    ),
+    Metric("ballonet_prompt_tokens", "counter", "tokens", "Prompt tokens computed."),
+    Metric("ballonet_generation_tokens", "counter", "tokens", "Tokens generated."),
+    Metric(
+        "ballonet_num_preemptions", "counter", "preemptions", "Sequences whose KV was dropped to make room."
+    ),
+    Metric("ballonet_engine_steps", "counter", "steps", "Forward passes."),
+    Metric("ballonet_engine_step_seconds", "gauge", "s", "Duration of the newest forward pass."),
+    # From the controller.
+    Metric(
+        "ballonet_controller_groups", "gauge", "groups", "Groups that answered the controller's last look."
+    ),
+    Metric("ballonet_controller_tick_failures", "counter", "ticks", "Looks at a model's groups that failed."),
+    Metric(
+        "ballonet_controller_tick_seconds",
+        "histogram",
+        "s",
+        "Duration of one look at all groups.",
+        (),
+        _TICK_S,
+    ),
+)
+
+
+class MetricBackend(Protocol):
+    """Takes the values. `labels` holds exactly the metric's labels."""
+
+    def inc(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None: ...
+
+    def set(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None: ...
+
+    def observe(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None: ...
+
+
+class RayBackend:
+    """`ray.serve.metrics`, to be used inside a replica."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Any] = {}
+
+    def inc(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        self._metric(metric).inc(value, tags=dict(labels))
+
+    def set(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        self._metric(metric).set(value, tags=dict(labels))
+
+    def observe(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        self._metric(metric).observe(value, tags=dict(labels))
+
+    def _metric(self, row: Metric) -> Any:
+        if row.name not in self._metrics:
+            self._metrics[row.name] = _ray_metric(row)
+        return self._metrics[row.name]
+
+
+def _ray_metric(row: Metric) -> Any:
+    from ray.serve import metrics  # those who only read the table need no ray
+
+    text = f"{row.help} Unit: {row.unit}."
+    if row.kind == "histogram":
+        return metrics.Histogram(row.name, text, boundaries=list(row.buckets), tag_keys=row.labels)
+    kind = metrics.Counter if row.kind == "counter" else metrics.Gauge
+    return kind(row.name, text, tag_keys=row.labels)
+
+
+_BY_NAME = {row.name: row for row in REGISTRY}
+
+
+class _Feeder:
+    def __init__(self, backend: MetricBackend) -> None:
+        self._backend = backend
+
+    def _send(self, name: str, value: float, **labels: str) -> None:
+        row = _BY_NAME[f"ballonet_{name}"]
+        if row.kind == "histogram":
+            self._backend.observe(row, value, labels)
+        elif row.kind == "gauge":
+            self._backend.set(row, value, labels)
+        elif value > 0:  # Ray's counters refuse to be increased by nothing
+            self._backend.inc(row, value, labels)
+
+
+class IngressMetrics(_Feeder):
+    """A `cluster.streaming.RequestObserver` that counts."""
+
+    def request_started(self, model_id: str) -> None:
+        self._send("requests_started", 1, model_name=model_id)
+
+    def first_token(self, model_id: str, seconds: float) -> None:
+        self._send("time_to_first_token_seconds", seconds, model_name=model_id)
+
+    def inter_token(self, model_id: str, seconds: float, num_tokens: int) -> None:
+        # One sample per output, however many tokens it carries: the gap is what the client sees.
+        self._send("inter_token_latency_seconds", seconds, model_name=model_id)
+
+    def request_finished(
+        self, model_id: str, finish_reason: str, seconds: float, prompt_tokens: int, output_tokens: int
+    ) -> None:
+        self._send("request_success", 1, model_name=model_id, finished_reason=finish_reason)
+        self._send("e2e_request_latency_seconds", seconds, model_name=model_id)
+        self._send("request_prompt_tokens", prompt_tokens, model_name=model_id)
+        self._send("request_generation_tokens", output_tokens, model_name=model_id)
+
+    def request_rejected(self, model_id: str, status: int) -> None:
+        self._send("request_rejections", 1, model_name=model_id, status=str(status))
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Counters as they were last exported; an engine's own start from 0 with it."""
+
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def grown(self, name: str, total: int) -> int:
+        before = self.seen.get(name, 0)
+        self.seen[name] = total
+        return total - before
+
+
+class GroupMetrics(_Feeder):
+    """Exports one engine's snapshots."""
+
+    def __init__(self, backend: MetricBackend, info: EngineInfo) -> None:
+        super().__init__(backend)
+        self._totals = _Totals()
+        self._send("weight_bytes", info.weight_bytes, model_name=info.model_id)
+
+    def export(self, snapshot: EngineSnapshot) -> None:
+        """Gauges as they are, counters by what they grew since the last export."""
+        model, memory = snapshot.model_id, snapshot.memory
+        gauges: dict[str, float] = {
+            "num_requests_running": snapshot.num_running,
+            "num_requests_waiting": snapshot.num_waiting,
+            "kv_cache_usage_perc": memory.kv / memory.total if memory.total else 0.0,
+            "kv_cache_tokens": memory.kv_tokens,
+            "pool_created_bytes": memory.created * memory.chunk_bytes,
+            "engine_step_seconds": snapshot.last_step_s,
+        }
+        counters = {
+            "driver_calls": memory.driver_calls,
+            "prompt_tokens": snapshot.prompt_tokens,
+            "generation_tokens": snapshot.generated_tokens,
+            "num_preemptions": snapshot.num_preemptions,
+            "engine_steps": snapshot.num_steps,
+        }
+        for name, value in gauges.items():
+            self._send(name, value, model_name=model)
+        for name, total in counters.items():
+            self._send(name, self._totals.grown(name, total), model_name=model)
+        for state, chunks in pool_states(snapshot).items():
+            self._send("pool_bytes", chunks * memory.chunk_bytes, model_name=model, state=state)
+
+
+def pool_states(snapshot: EngineSnapshot) -> dict[str, int]:
+    """Chunks by state, each chunk once: `warm` is taken out of `free`."""
+    memory = snapshot.memory
+    return {
+        "kv": memory.kv,
+        "activation": memory.activation,
+        "guard": memory.guard,
+        "retiring": memory.retiring,
+        "warm": memory.warm,
+        "free": memory.free - memory.warm,
+    }
+
+
+class ControllerMetrics(_Feeder):
+    """What only the controller knows."""
+
+    def looked(self, model_id: str, num_groups: int) -> None:
+        """`num_groups` groups of a model answered."""
+        self._send("controller_groups", num_groups, model_name=model_id)
+
+    def failed(self, model_id: str) -> None:
+        """A look at a model's groups failed."""
+        self._send("controller_tick_failures", 1, model_name=model_id)
+
+    def ticked(self, seconds: float) -> None:
+        """All models were looked at once."""
+        self._send("controller_tick_seconds", seconds)

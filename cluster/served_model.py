@@ -1,0 +1,104 @@
+"""One model as the ingress sees it: a `cluster.streaming.ServedModel` over a Serve handle.
+
+Turns Ray's errors into Ballonet's and makes sure that a stream nobody reads is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, TypeVar
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.group import Refusal
+from cluster.tokenizer import Tokenizer
+from engine.errors import EngineDeadError, OverloadedError
+from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+
+T = TypeVar("T")
+
+_ANSWER_S = 2.0  # a group that takes longer to answer a control call is not well
+
+
+class GroupsOfModel:
+    """All TP groups of one model.
+
+    Args:
+        model_id: the name clients use.
+        created: Unix time of the deployment.
+        tokenizer: loaded, so that no request waits for it and its faults show at start.
+        handle: of the model's TpGroup deployment.
+    """
+
+    def __init__(
+        self, model_id: str, created: int, tokenizer: Tokenizer, handle: DeploymentHandle[Any]
+    ) -> None:
+        self.model_id = model_id
+        self.created = created
+        self._tokenizer = tokenizer
+        self._handle = handle
+        self._stream = handle.options(method_name="generate", stream=True)
+        self._info: EngineInfo | None = None
+
+    async def info(self) -> EngineInfo:
+        """Facts of the engines; all groups of a model are alike. Raises EngineDeadError."""
+        if self._info is None:
+            infos = await _answers(self._handle, "info", EngineInfo)
+            if not infos:
+                raise EngineDeadError(f"no group of {self.model_id} answers")
+            self._info = infos[0]
+        return self._info
+
+    async def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        """The request's deltas from one group.
+
+        Raises:
+            RequestError, OverloadedError, EngineDeadError
+        """
+        response = self._stream.remote(request)
+        has_ended = False
+        try:
+            async for item in response:
+                if isinstance(item, Refusal):
+                    raise item.error
+                has_ended = item.finish_reason is not None
+                yield item
+        except (GeneratorExit, asyncio.CancelledError):
+            # Dropping the response is not enough: measured with Ray 2.60, the group generates on.
+            if not has_ended:
+                response.cancel()
+            raise
+        except BackPressureError as error:
+            raise OverloadedError(f"all groups of {self.model_id} are full: {error.message}") from error
+        except (RayActorError, DeploymentUnavailableError) as error:
+            raise EngineDeadError(f"the group that served this request of {self.model_id} ended") from error
+
+    async def is_healthy(self) -> bool:
+        """Whether at least one engine answers."""
+        return bool(await self.snapshot())
+
+    async def snapshot(self) -> list[EngineSnapshot]:
+        """Of every engine that answers in time, fresh: the groups are asked, 7 ms for one of them."""
+        return await snapshots_of(self._handle)
+
+
+async def snapshots_of(handle: DeploymentHandle[Any]) -> list[EngineSnapshot]:
+    """Snapshots of all groups behind `handle` that answer in time."""
+    return await _answers(handle, "snapshot", EngineSnapshot)
+
+
+async def _answers(handle: DeploymentHandle[Any], method: str, kind: type[T]) -> list[T]:
+    # A broadcast passes by the queue that a plain call would wait in behind the requests.
+    response = handle.broadcast(method)
+    try:
+        answers = await response.results_async(timeout_s=_ANSWER_S, return_exceptions=True)
+    except TimeoutError:
+        return []
+    return [answer for answer in answers if isinstance(answer, kind)]

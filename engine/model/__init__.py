@@ -1,0 +1,1 @@
+"""The model: configuration, weights, the decoder, and what turns logits into tokens."""

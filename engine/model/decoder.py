@@ -1,0 +1,167 @@
+"""The forward pass of the Llama, Mistral and Qwen families over the elastic KV cache.
+
+Knows tensors only: what a step computes comes in as a `Batch`, the memory to compute in as buffers
+that live in the pool. Weights, plans and sampling are other files' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.model.architecture import ModelConfig
+from engine.model.rope import rope_tables
+from engine.model.weights import LayerWeights, Weights
+from kernels.backend import Kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step computes: one-token pieces (decodes) first, then prefill pieces.
+
+    Attributes:
+        input_ids, positions: (tokens,) int64.
+        token_first_rows: (tokens,) int64, the first KV row of each token's sequence.
+        num_decodes: leading tokens that are pieces of their own.
+        decode_first_rows: (num_decodes,) int64.
+        decode_context_lens: (num_decodes,) int32, with the new token.
+        query_starts: (prefills + 1,) int32, where each prefill piece begins among the prefill tokens.
+        prefill_first_rows: (prefills,) int64.
+        prefill_context_lens: (prefills,) int32, with the new tokens.
+        sample_indices: (rows,) int64, the tokens whose logits are wanted.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    token_first_rows: torch.Tensor
+    num_decodes: int
+    decode_first_rows: torch.Tensor
+    decode_context_lens: torch.Tensor
+    max_decode_context: int
+    query_starts: torch.Tensor
+    prefill_first_rows: torch.Tensor
+    prefill_context_lens: torch.Tensor
+    max_query_len: int
+    sample_indices: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """The buffers of one pass, cut once: every layer uses the same memory."""
+
+    hidden: torch.Tensor
+    residual: torch.Tensor
+    qkv: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    attention: torch.Tensor
+    attention_heads: torch.Tensor
+    gate_up: torch.Tensor
+    activated: torch.Tensor
+
+
+class Decoder:
+    """A decoder-only transformer.
+
+    Args:
+        weights: on the device the decoder is to run on.
+        kernels: the implementation for that device.
+        max_positions: positions to prepare rotations for; None is the model's own limit.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, kernels: Kernels, max_positions: int | None = None
+    ) -> None:
+        self.config = config
+        self._weights = weights
+        self._kernels = kernels
+        self._scale = config.head_dim**-0.5
+        self._cos, self._sin = rope_tables(
+            config.rope, config.head_dim, max_positions or config.max_context, weights.embedding.device
+        )
+        # Each layer ends with the next one's norm, so that it is fused with the residual's addition.
+        norms = [layer.input_norm for layer in weights.layers] + [weights.final_norm]
+        self._first_norm, self._next_norms = norms[0], norms[1:]
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: Batch, kv_layers: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Compute a step and write its keys and values.
+
+        Args:
+            kv_layers: a (rows, 2, T, kv_heads, head_dim) view of the pool for each layer.
+            buffers: what `activation_specs` declares, for this many tokens and rows.
+
+        Returns:
+            Logits (rows, vocab) in the model's type, in the order of `sample_indices`. They lie in
+            `buffers` and hold until the next pass.
+        """
+        kernels, eps = self._kernels, self.config.rms_norm_eps
+        views = self._views(buffers)
+        torch.index_select(self._weights.embedding, 0, batch.input_ids, out=views.residual)
+        kernels.rms_norm(views.residual, self._first_norm, eps, out=views.hidden)
+        for layer, kv, next_norm in zip(self._weights.layers, kv_layers, self._next_norms, strict=True):
+            self._attend(layer, batch, kv, views)
+            kernels.add_rms_norm(views.hidden, views.residual, layer.mlp_norm, eps, out=views.hidden)
+            layer.gate_up(views.hidden, views.gate_up)
+            kernels.silu_and_mul(views.gate_up, out=views.activated)
+            layer.down(views.activated, views.hidden)
+            kernels.add_rms_norm(views.hidden, views.residual, next_norm, eps, out=views.hidden)
+        sampled, logits = buffers["sampled_hidden"], buffers["logits"]
+        torch.index_select(views.hidden, 0, batch.sample_indices, out=sampled)
+        return self._weights.lm_head(sampled, logits)
+
+    def _attend(self, layer: LayerWeights, batch: Batch, kv: torch.Tensor, views: _Views) -> None:
+        kernels, eps, split = self._kernels, self.config.rms_norm_eps, batch.num_decodes
+        q, out = views.q, views.attention_heads
+        layer.qkv(views.hidden, views.qkv)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            kernels.rms_norm(q, layer.q_norm, eps, out=q)
+            kernels.rms_norm(views.k, layer.k_norm, eps, out=views.k)
+        kernels.rotary(q, views.k, self._cos, self._sin, batch.positions)
+        kernels.kv_write(kv, views.k, views.v, batch.token_first_rows, batch.positions)
+        if split:
+            kernels.decode_attention(
+                q[:split],
+                kv,
+                batch.decode_first_rows,
+                batch.decode_context_lens,
+                batch.max_decode_context,
+                self._scale,
+                out=out[:split],
+            )
+        if split < q.shape[0]:
+            kernels.prefill_attention(
+                q[split:],
+                kv,
+                batch.query_starts,
+                batch.prefill_first_rows,
+                batch.prefill_context_lens,
+                batch.max_query_len,
+                self._scale,
+                out=out[split:],
+            )
+        layer.output(views.attention, views.hidden)
+
+    def _views(self, buffers: Mapping[str, torch.Tensor]) -> _Views:
+        config = self.config
+        qkv, attention = buffers["qkv"], buffers["attention"]
+        q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=1)
+        kv_shape = (qkv.shape[0], config.num_kv_heads, config.head_dim)
+        q_shape = (qkv.shape[0], config.num_heads, config.head_dim)
+        return _Views(
+            hidden=buffers["hidden"],
+            residual=buffers["residual"],
+            qkv=qkv,
+            q=q.view(q_shape),
+            k=k.view(kv_shape),
+            v=v.view(kv_shape),
+            attention=attention,
+            attention_heads=attention.view(q_shape),
+            gate_up=buffers["gate_up"],
+            activated=buffers["activated"],
+        )

@@ -1,0 +1,166 @@
+"""The kernels in plain PyTorch: what each one means, and the backend of the CPU engine.
+
+Shapes, the same everywhere in this package:
+
+    kv            (rows, 2, T, kv_heads, head_dim)   one layer's view of the pool. A row is a chunk;
+                                                     [:, 0] is K, [:, 1] is V; T tokens a row
+    first_rows    (sequences,) int64                 the row that holds a sequence's token 0
+    context_lens  (sequences,) int32                 tokens of KV to attend to, new ones included
+    query_starts  (sequences + 1,) int32             where each sequence's queries begin in `q`
+
+Token t of a sequence lies in row `first_row + t // T` at offset `t % T`: no block table. Rows past a
+sequence's last token may not be mapped at all, so nothing here reads them; the tail of its last row
+may hold any bit pattern, so it is sliced off (a kernel masks V as well as the scores: 0 * NaN is NaN).
+
+Arguments are not checked here; the Triton launchers name what is wrong with theirs. A torch operation
+costs a few microseconds whatever its size and a step runs all this once a layer: operations are few.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def kv_write(
+    kv: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_rows: torch.Tensor, positions: torch.Tensor
+) -> None:
+    """Write new keys and values into the pool.
+
+    Args:
+        kv: (rows, 2, T, kv_heads, head_dim), written in place.
+        k, v: (tokens, kv_heads, head_dim), any stride over tokens.
+        first_rows: (tokens,) int64, the first row of each token's sequence.
+        positions: (tokens,) int64, each token's position in its sequence.
+    """
+    tokens_per_row = kv.shape[2]
+    rows = first_rows + positions // tokens_per_row
+    offsets = positions % tokens_per_row
+    kv[rows, 0, offsets] = k
+    kv[rows, 1, offsets] = v
+
+
+def decode_attention(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    first_rows: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_context_len: int,
+    scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of one new token a sequence over that sequence's KV.
+
+    Args:
+        q: (sequences, query_heads, head_dim), any stride over sequences.
+        context_lens: each at least 1.
+        max_context_len: at least the largest of `context_lens`; plans the work, changes no result.
+        scale: factor on the scores, usually head_dim ** -0.5.
+        out: (sequences, query_heads, head_dim), written and returned.
+    """
+    # A sequence at a time: padding a ragged batch to its longest would copy far more KV than it has.
+    shape = (q.shape[0], kv.shape[3], q.shape[1] // kv.shape[3], q.shape[2])
+    grouped, result = q.view(shape), out.view(shape)
+    for index, (row, context) in enumerate(zip(first_rows.tolist(), context_lens.tolist(), strict=True)):
+        keys, values = _context(kv, row, context)
+        result[index] = F.scaled_dot_product_attention(grouped[index : index + 1], keys, values, scale=scale)[
+            0
+        ]
+    return out
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    query_starts: torch.Tensor,
+    first_rows: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Causal attention of each sequence's newest tokens over its KV, cached prefix included.
+
+    A sequence with n queries and context length c has its queries at positions c - n .. c - 1.
+
+    Args:
+        q: (tokens, query_heads, head_dim), sequences one after another, any stride over tokens.
+        max_query_len: at least the most queries any sequence has.
+        out: (tokens, query_heads, head_dim), written and returned.
+    """
+    group = q.shape[1] // kv.shape[3]
+    shape = (q.shape[0], kv.shape[3], group, q.shape[2])
+    # (group, kv_heads, tokens, head_dim): the group as a batch lets K and V be broadcast, not repeated.
+    grouped, result = q.view(shape).permute(2, 1, 0, 3), out.view(shape).permute(2, 1, 0, 3)
+    starts = query_starts.tolist()
+    for index, (row, context) in enumerate(zip(first_rows.tolist(), context_lens.tolist(), strict=True)):
+        begin, end = starts[index], starts[index + 1]
+        queries = end - begin
+        keys, values = _context(kv, row, context)
+        seen = None
+        if 1 < queries < context:
+            seen = torch.ones(queries, context, dtype=torch.bool, device=q.device).tril(context - queries)
+        result[:, :, begin:end] = F.scaled_dot_product_attention(
+            grouped[:, :, begin:end],
+            keys.expand(group, -1, -1, -1),
+            values.expand(group, -1, -1, -1),
+            attn_mask=seen,
+            is_causal=1 < queries == context,
+            scale=scale,
+        )
+    return out
+
+
+def _context(kv: torch.Tensor, row: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a sequence's `context` tokens, each (1, kv_heads, context, head_dim).
+
+    One row is a view; several are copied, which costs less than attending to each row on its own.
+    """
+    rows = kv[row : row + -(-context // kv.shape[2])]
+    both = rows.transpose(0, 1).flatten(1, 2)[:, :context].transpose(1, 2)
+    return both[:1], both[1:]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """out = x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside.
+
+    Args:
+        x: (tokens, width) or (tokens, heads, width), last dimension contiguous.
+        weight: (width,).
+        out: the shape of `x`, may be `x` itself; written and returned.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul((x * scale).to(x.dtype), weight, out=out)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+) -> torch.Tensor:
+    """residual += x, then out = rms_norm(residual). All (tokens, width); `out` may be `x`."""
+    residual.add_(x)
+    return rms_norm(residual, weight, eps, out)
+
+
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> None:
+    """Rotate queries and keys in place: pairs (i, i + head_dim / 2), as Llama's checkpoints expect.
+
+    Args:
+        q: (tokens, query_heads, head_dim); k: (tokens, kv_heads, head_dim); any stride over tokens.
+        cos, sin: (max positions, head_dim / 2) float32.
+        positions: (tokens,) int64.
+    """
+    c, s = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
+    for x in (q, k):
+        low, high = x.chunk(2, dim=-1)
+        turned_low = (low * c).sub_(high * s)
+        high.copy_((high * c).add_(low * s))
+        low.copy_(turned_low)
+
+
+def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = silu(gate) * up for gate_up (tokens, 2 * width) = [gate, up]; out (tokens, width)."""
+    width = out.shape[-1]
+    return torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width:], out=out)

@@ -1,0 +1,116 @@
+"""An engine actor without a model: the shape of `engine.actor.EngineActor`, tokens by arithmetic.
+
+What a prompt of one token asks for:  token 1 is answered at once, 2 slowly and without end, 3 is
+refused as a wrong request, 4 as overload, 5 kills the process after one token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import AsyncGenerator
+
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, ModelLoadError, OverloadedError, RequestError
+from engine.messages import (
+    EngineInfo,
+    EngineSnapshot,
+    GenerateRequest,
+    MemorySnapshot,
+    TokenDelta,
+)
+
+QUICK, SLOW, WRONG, FULL, FATAL = 1, 2, 3, 4, 5
+
+
+class FakeEngine:
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._running: set[str] = set()
+        self._finished: Counter[str] = Counter()
+        self._generated = 0
+
+    async def info(self) -> EngineInfo:
+        if self._config.model.source == "missing":
+            raise ModelLoadError("there is no model called missing")
+        return EngineInfo(
+            model_id=self._config.model.model_id,
+            device="cpu",
+            dtype="float32",
+            max_model_len=512,
+            vocab_size=49152,
+            eos_token_ids=(2,),
+            pool_bytes=64 << 20,
+            weight_bytes=1 << 20,
+            tokens_per_chunk=16,
+            layers_per_group=1,
+            load_s=0.1,
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        order = request.prompt_token_ids[0]
+        if order == WRONG:
+            raise RequestError("this prompt is wrong", "prompt", "bad_prompt")
+        if order == FULL:
+            raise OverloadedError("the queue is full (1)", 7.0)
+        self._running.add(request.request_id)
+        reason = "cancelled"
+        try:
+            async for delta in self._tokens(request, order):
+                self._generated += len(delta.token_ids)
+                reason = delta.finish_reason or reason
+                yield delta
+        finally:
+            self._running.discard(request.request_id)
+            self._finished[reason] += 1
+
+    async def _tokens(self, request: GenerateRequest, order: int) -> AsyncGenerator[TokenDelta, None]:
+        last = request.sampling.max_tokens - 1
+        for step in range(last + 1):
+            await asyncio.sleep(0.05 if order == SLOW else 0.005)
+            reason = "length" if step == last else None
+            yield TokenDelta(request.request_id, (100 + step,), finish_reason=reason)
+            if request.request_id not in self._running:
+                yield TokenDelta(request.request_id, (), finish_reason="cancelled")
+                return
+            if order == FATAL:
+                os._exit(1)
+
+    async def cancel(self, request_id: str) -> None:
+        self._running.discard(request_id)
+
+    async def snapshot(self) -> EngineSnapshot:
+        memory = MemorySnapshot(
+            chunk_bytes=1 << 20,
+            total=64,
+            free=64 - len(self._running),
+            kv=len(self._running),
+            activation=0,
+            guard=0,
+            retiring=0,
+            warm=0,
+            created=64,
+            kv_tokens=len(self._running),
+            driver_calls=1,
+        )
+        return EngineSnapshot(
+            model_id=self._config.model.model_id,
+            monotonic_s=0.0,
+            num_waiting=0,
+            num_running=len(self._running),
+            num_steps=self._generated,
+            num_preemptions=0,
+            prompt_tokens=0,
+            generated_tokens=self._generated,
+            finished=tuple(self._finished.items()),
+            last_step_s=0.001,
+            memory=memory,
+        )
+
+    async def check_health(self) -> None:
+        if self._config.model.source == "dead":
+            raise EngineDeadError("the step loop has ended")
+
+    async def shutdown(self) -> None:
+        self._running.clear()

@@ -1,0 +1,181 @@
+"""The command line without Ray: what it prints, and the exit status."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from cluster import cli, cli_render
+from cluster.client import Answer, Client, ClientError
+from tests.unit.samples import MEMORY, snapshot
+
+LAPTOP = Path(__file__).parents[2] / "deploy" / "laptop.yaml"
+
+
+def _run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, arguments, catch_exceptions=False)
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Answers one prepared body for each path."""
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "a"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        said = body["messages"][-1]["content"]
+        if said == "refuse":
+            self._answer({"error": {"message": "no, thank you"}}, 429)
+            return
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        for event in _EVENTS[said]:
+            self.wfile.write(f"data: {event if event == '[DONE]' else json.dumps(event)}\n\n".encode())
+
+    def _answer(self, body: object, status: int = 200) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def _text(text: str, reason: str | None = None) -> dict[str, object]:
+    return {"choices": [{"delta": {"content": text}, "finish_reason": reason}]}
+
+
+_USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+_EVENTS = {
+    "good": [_text("[bold]Hel"), _text("lo", "stop"), _USAGE, "[DONE]"],
+    "cut": [_text("Hel")],
+    "breaks": [_text("Hel"), {"error": {"message": "the engine died"}}, "[DONE]"],
+}
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Server)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_check_accepts_what_is_shipped() -> None:
+    status, output = _run("check", str(LAPTOP))
+    assert status == 0
+    assert "smollm2-135m-instruct" in output
+    assert "256 MiB" in output
+
+
+def test_check_lists_every_fault(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(LAPTOP.read_text().replace("pool_bytes", "pool_byte").replace("port:", "prot:"))
+    status, output = _run("check", str(path))
+    assert status == 1
+    assert "did you mean pool_bytes?" in output
+    assert "did you mean port?" in output
+
+
+def test_serve_wants_the_model_before_ray(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(LAPTOP.read_text().replace("SmolLM2-135M", "NoSuchModel"))
+    status, output = _run("serve", str(path))
+    assert status == 1
+    assert "make model" in output
+    assert "starting Ray" not in output
+
+
+def test_serve_says_that_the_port_is_taken(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        path = tmp_path / "file.yaml"
+        text = re.sub(r"model_source: .*", f"model_source: {model}", LAPTOP.read_text())
+        path.write_text(text.replace("port: 8000", f"port: {port}"))
+        status, output = _run("serve", str(path))
+    assert status == 1
+    assert f"port {port} on 127.0.0.1 cannot be used" in output
+
+
+def test_chat_once_prints_the_answer_as_it_is(url: str) -> None:
+    status, output = _run("chat", "--url", url, "--once", "good")
+    assert status == 0
+    assert "[bold]Hello" in output
+    assert "5 tokens in, 2 out (stop)" in output
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("refuse", "HTTP 429: no, thank you"),
+        ("cut", "closed the stream before its end"),
+        ("breaks", "the engine died"),
+    ],
+)
+def test_chat_fails_when_the_answer_does(url: str, prompt: str, reason: str) -> None:
+    status, output = _run("chat", "--url", url, "--once", prompt)
+    assert status == 1
+    assert reason in output
+
+
+def test_no_server() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    status, output = _run("status", "--url", nowhere)
+    assert status == 1
+    assert "no answer from" in output
+    with pytest.raises(ClientError):
+        Client(nowhere).models()
+
+
+def _rendered(what: object) -> str:
+    console = Console(width=100, color_system=None)
+    with console.capture() as capture:
+        console.print(what)
+    return capture.get()
+
+
+def test_the_bar_shows_every_chunk() -> None:
+    head, bar, *legend = _rendered(cli_render.pool_picture(snapshot("a"))).splitlines()
+    assert "100 chunks of 1 MiB" in head
+    assert len(bar.strip()) == 64
+    assert bar.count("█") == round(64 * MEMORY.kv / MEMORY.total)
+    assert bar.count("~") == 2  # 3 of 100 chunks: small, but there
+    assert "KV cache 25 MiB" in legend[0]
+
+
+def test_a_model_without_engines_is_named() -> None:
+    assert "a: no engine answers" in _rendered(cli_render.status_view({"a": []}))
+
+
+@pytest.mark.parametrize(("tokens", "total_s", "rate"), [(11, 3.0, 5.0), (1, 3.0, 0.0), (0, 1.0, 0.0)])
+def test_rate_is_that_of_the_tokens_after_the_first(tokens: int, total_s: float, rate: float) -> None:
+    assert Answer("", "stop", 1, tokens, 1.0, total_s).tokens_per_s == rate
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1 GiB"), (2**42, "4096 GiB")],
+)
+def test_sizes(num_bytes: int, text: str) -> None:
+    assert cli_render.size(num_bytes) == text

@@ -1,0 +1,209 @@
+"""The YAML file: what is accepted, what it becomes, and what is said about mistakes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.config import (
+    IngressSection,
+    ServeFile,
+    ServingArgs,
+    load,
+    parse_bytes,
+    to_engine_config,
+    validate,
+)
+from engine.config import EngineConfig, ModelSource
+from engine.errors import ConfigError
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+MINIMAL: dict[str, Any] = {"llm_configs": [{"model_loading_config": {"model_id": "org/model"}}]}
+
+
+def _args(**llm: Any) -> dict[str, Any]:
+    args = copy.deepcopy(MINIMAL)
+    args["llm_configs"][0] |= llm
+    return args
+
+
+def _faults(section: type, data: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        validate(section, data)
+    return [line.strip() for line in str(caught.value).splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_files_are_valid(path: Path) -> None:
+    if "applications" not in yaml.safe_load(path.read_text()):
+        pytest.skip("a Kubernetes manifest")
+    assert load(path).applications
+
+
+def test_defaults_are_the_engines_own() -> None:
+    llm = validate(ServingArgs, MINIMAL).llm_configs[0]
+    assert to_engine_config(llm, "cpu") == EngineConfig(ModelSource("org/model", "org/model"))
+
+
+def test_every_engine_field_arrives() -> None:
+    kwargs = {
+        "max_model_len": 100,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 64,
+        "prefill_piece_tokens": 32,
+        "max_num_queued_reqs": 5,
+        "dtype": "float16",
+        "load_format": "dummy",
+        "seed": 9,
+        "num_threads": 2,
+    }
+    memory = {
+        "mode": "static",
+        "pool_bytes": "1GiB",
+        "chunk_bytes": "64KiB",
+        "layers_per_group": 2,
+        "margin_bytes": 7,
+    }
+    loading = {"model_id": "m", "model_source": "a/b", "tokenizer_source": "c/d"}
+    args = validate(ServingArgs, _args(model_loading_config=loading, engine_kwargs=kwargs, memory=memory))
+    engine = to_engine_config(args.llm_configs[0], "cuda")
+    assert engine.model == ModelSource("m", "a/b", "c/d", "dummy", "float16", 9)
+    assert (engine.device, engine.max_model_len, engine.num_threads) == ("cuda", 100, 2)
+    scheduler = engine.scheduler
+    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (3, 64)
+    assert (scheduler.prefill_piece_tokens, scheduler.max_num_queued_reqs) == (32, 5)
+    assert (engine.memory.mode, engine.memory.pool_bytes, engine.memory.chunk_bytes) == (
+        "static",
+        2**30,
+        2**16,
+    )
+    assert (engine.memory.layers_per_group, engine.memory.margin_bytes) == (2, 7)
+
+
+def test_a_dumped_file_is_the_same_file() -> None:
+    args = validate(ServingArgs, _args(memory={"pool_bytes": "1MiB"}))
+    assert validate(ServingArgs, args.model_dump(mode="json")) == args
+
+
+def test_all_faults_are_named_at_once() -> None:
+    faults = _faults(
+        ServingArgs,
+        {
+            "llm_configs": [
+                {
+                    "model_loading_config": {},
+                    "engine_kwargs": {"max_num_sequences": 1, "dtype": "int4", "max_model_len": "long"},
+                    "memory": {"pool_bytes": "1 potato"},
+                }
+            ],
+            "ingres": {},
+        },
+    )
+    assert faults == [
+        "llm_configs[0].model_loading_config.model_id: is missing",
+        "llm_configs[0].engine_kwargs.max_model_len: should be a valid integer, not 'long'",
+        "llm_configs[0].engine_kwargs.dtype: "
+        "should be 'auto', 'float32', 'bfloat16' or 'float16', not 'int4'",
+        "llm_configs[0].engine_kwargs.max_num_sequences: unknown key; did you mean max_num_seqs?",
+        "llm_configs[0].memory.pool_bytes: '1 potato' is no size; "
+        "write bytes, or a number with KiB, MiB, GiB or TiB",
+        "ingres: unknown key; did you mean ingress?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("llm", "fault"),
+    [
+        ({"lora_config": {}}, "lora_config: LoRA adapters are not supported"),
+        ({"engine_kwargs": {"gpu_memory_utilization": 0.9}}, "there is no fraction to tune"),
+        ({"engine_kwargs": {"tensor_parallel_size": 8}}, "only 1 is supported so far"),
+        ({"engine_kwargs": {"max_num_seqs": 4096}}, "every running sequence needs one token a step"),
+        ({"engine_kwargs": {"max_num_seqs": True}}, "should be a valid integer, not True"),
+        ({"memory": {"chunk_bytes": 1000}}, "must be a multiple of 4096"),
+        ({"memory": {"pool_bytes": 0}}, "pool_bytes must be positive"),
+        (
+            {"model_loading_config": {"model_id": "m", "model_source": "$NO_SUCH_VAR/m"}},
+            "NO_SUCH_VAR is not set",
+        ),
+        ({"deployment_config": {"num_replicas": 2, "autoscaling_config": {}}}, "exclude each other"),
+        ({"placement_group_config": {"bundles": []}}, "bundles: is not supported; use bundle_per_worker"),
+    ],
+)
+def test_a_fault_says_what_to_do(llm: dict[str, Any], fault: str) -> None:
+    assert any(fault in line for line in _faults(ServingArgs, _args(**llm)))
+
+
+def test_one_model_id_once() -> None:
+    args = {"llm_configs": MINIMAL["llm_configs"] * 2}
+    assert "org/model appears more than once" in _faults(ServingArgs, args)[0]
+
+
+def test_another_import_path_is_refused() -> None:
+    application = {"import_path": "ray.serve.llm:build_openai_app", "args": MINIMAL}
+    faults = _faults(ServeFile, {"applications": [application]})
+    assert faults == [
+        "applications[0].import_path: should be 'cluster.app:build', not 'ray.serve.llm:build_openai_app'"
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "a: [", "applications: []", "\x00"])
+def test_files_that_are_none(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"file\.yaml"):
+        load(path)
+
+
+def test_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_paths_are_expanded_and_hub_ids_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+
+    def source(written: str) -> str:
+        loading = {"model_id": "m", "model_source": written}
+        return validate(ServingArgs, _args(model_loading_config=loading)).llm_configs[0].model_source
+
+    assert source("$MODELS/a.gguf") == f"{tmp_path}/a.gguf"
+    assert source("~/a.gguf") == str(Path.home() / "a.gguf")
+    assert source("here") == str(tmp_path / "here")
+    assert source("org/model") == "org/model"
+
+
+def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"api_keys": ["one"], "api_keys_env": "KEYS"}
+    assert (
+        "the environment variable KEYS holds no key" in _faults(IngressSection, {"api_keys_env": "KEYS"})[0]
+    )
+    monkeypatch.setenv("KEYS", "two, three,")
+    assert validate(IngressSection, section).all_api_keys() == ("one", "two", "three")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("1GiB", 2**30),
+        ("512 MiB", 2**29),
+        ("2GB", 2 * 10**9),
+        ("1.5KiB", 1536),
+        ("64k", 64_000),
+        ("7", 7),
+        (7, 7),
+    ],
+)
+def test_sizes(text: object, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1 PiB", "-1", "1e9", None, True, 1.5])
+def test_no_sizes(text: object) -> None:
+    with pytest.raises(ValueError, match="no size"):
+        parse_bytes(text)

@@ -1,0 +1,81 @@
+"""The table of metrics: its form, and that every row is really fed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cluster.metrics import (
+    REGISTRY,
+    ControllerMetrics,
+    GroupMetrics,
+    IngressMetrics,
+    Metric,
+    pool_states,
+)
+from tests.unit.samples import INFO, MEMORY, RecordingBackend, snapshot
+
+RESERVED = {"deployment", "replica", "application", "route"}  # Ray Serve adds these itself
+
+
+def _drive(backend: RecordingBackend) -> None:
+    ingress = IngressMetrics(backend)
+    ingress.request_started("a")
+    ingress.first_token("a", 0.1)
+    ingress.inter_token("a", 0.02, 3)
+    ingress.request_finished("a", "stop", 1.0, 12, 34)
+    ingress.request_rejected("", 429)
+    GroupMetrics(backend, INFO).export(snapshot("a"))
+    controller = ControllerMetrics(backend)
+    controller.looked("a", 1)
+    controller.failed("a")
+    controller.ticked(0.01)
+
+
+def test_every_row_is_fed_with_its_kind_and_its_labels() -> None:
+    backend = RecordingBackend()
+    _drive(backend)
+    assert {metric.name for _, metric, _, _ in backend.calls} == {row.name for row in REGISTRY}
+    for kind, metric, value, labels in backend.calls:
+        assert kind == metric.kind
+        assert set(labels) == set(metric.labels)
+        assert value >= 0
+
+
+@pytest.mark.parametrize("row", REGISTRY, ids=lambda row: row.name)
+def test_form(row: Metric) -> None:
+    assert re.fullmatch(r"ballonet_[a-z0-9_]+", row.name)
+    assert not row.name.endswith("_total")  # Ray appends it to counters
+    assert row.help
+    assert not RESERVED & set(row.labels)
+    assert bool(row.buckets) == (row.kind == "histogram")
+    assert list(row.buckets) == sorted(set(row.buckets))
+    assert all(boundary > 0 for boundary in row.buckets)
+
+
+def test_names_are_unique() -> None:
+    names = [row.name for row in REGISTRY]
+    assert len(set(names)) == len(names)
+
+
+def test_counters_grow_by_what_the_engine_counted() -> None:
+    backend = RecordingBackend()
+    group = GroupMetrics(backend, INFO)
+    for scale in (1, 3, 3):
+        group.export(snapshot("a", scale))
+    assert backend.values("ballonet_generation_tokens") == [200, 400]
+    assert backend.total("ballonet_num_preemptions") == 6
+
+
+def test_pool_states_hold_every_chunk_once() -> None:
+    states = pool_states(snapshot("a"))
+    assert sum(states.values()) == MEMORY.total
+    assert states["warm"] == 20
+    assert states["free"] == 40
+
+
+def test_pool_bytes_add_up() -> None:
+    backend = RecordingBackend()
+    GroupMetrics(backend, INFO).export(snapshot("a"))
+    assert backend.total("ballonet_pool_bytes") == MEMORY.total * MEMORY.chunk_bytes
