@@ -30,7 +30,7 @@ ServeFilePath = Annotated[Path, typer.Argument(metavar="FILE", help="A Ray Serve
 Url = Annotated[str, typer.Option(help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="BALLONET_API_KEY", help="Sent as a bearer token.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
-_SAMPLE_S = 0.05
+_SAMPLE_S = 0.2
 _INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
 
@@ -63,7 +63,7 @@ def serve(
                     _stay(client)
                 else:
                     _ask_once(client, file.applications[0].args.llm_configs[0].model_id, ask)
-                _step("stopping")
+                _step("stopping after open requests; Ctrl-C again stops at once")
 
 
 @app.command()

@@ -2,22 +2,18 @@
 
 Names follow Ray's LLMServingArgs and LLMConfig, so that a Ray LLM file ports by changing its
 `import_path`. What an engine field means stands in `engine.config`, once; what a `deployment_config`
-field means stands in Ray Serve's documentation. This is the one place that expands `~` and
-environment variables. `cluster.config_errors` words what can go wrong.
+field means stands in Ray Serve's documentation. `cluster.config_values` reads sizes and paths,
+`cluster.config_errors` words what can go wrong; no other file reads the environment.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -29,53 +25,12 @@ from pydantic import (
 )
 
 from cluster.config_errors import explain
+from cluster.config_values import Bytes, Section, Source
 from engine.config import Device, Dtype, EngineConfig, LoadFormat, MemoryConfig, Mode, ModelSource
 from engine.config import SchedulerConfig as EngineSchedulerConfig
 from engine.errors import ConfigError
 
 _SCHEDULER = EngineSchedulerConfig()  # the defaults stand in engine.config alone
-
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
-
-def parse_bytes(value: object) -> int:
-    """`1GiB`, `512 MiB`, `2GB` (decimal) or a number of bytes. Raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f"{value!r} is no size; write bytes, or a number with KiB, MiB, GiB or TiB")
-    number, power, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS[power.lower()])
-
-
-def expand(value: str) -> str:
-    """`~` and `$VARIABLES` replaced; a variable that is not set raises ValueError."""
-    expanded = os.path.expandvars(os.path.expanduser(value))
-    if missing := re.search(r"\$\{?(\w+)\}?", expanded):
-        raise ValueError(f"the environment variable {missing[1]} is not set")
-    return expanded
-
-
-def _source(value: object) -> object:
-    """A path becomes absolute, because replicas run in another directory; a hub id stays."""
-    if not isinstance(value, str):
-        return value
-    expanded = expand(value)
-    is_path = expanded.startswith((".", "/")) or Path(expanded).exists()
-    return str(Path(expanded).absolute()) if is_path else expanded
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Source = Annotated[str, BeforeValidator(_source), Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of every part of the file: unknown keys are errors, values never change."""
-
-    # strict: YAML has types, and `num_replicas: "2"` or `max_num_seqs: true` is a slip of the pen.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class ModelLoadingConfig(Section):

@@ -46,6 +46,7 @@ class TpGroup:
 
     Raises:
         ConfigError, ModelLoadError: the engine did not start; the message is the engine's.
+        EngineDeadError: its process ended, for one because the node ran out of memory.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -61,6 +62,10 @@ class TpGroup:
         except RayTaskError as error:
             ray.kill(self._engine)
             raise error.cause from None
+        except RayActorError as error:
+            raise EngineDeadError(
+                f"the engine's process ended while it loaded: {_first_line(error)}"
+            ) from None
         self._metrics = GroupMetrics(RayBackend(), self._info)
 
     async def info(self) -> EngineInfo:

@@ -88,7 +88,7 @@ def ray_running(address: str | None, verbose: bool) -> Iterator[None]:
 def deployed(file: ServeFile, progress: Progress, build_one: BuildApplication = build) -> Iterator[str]:
     """All applications of the file, up and healthy; the value is the server's URL.
 
-    They are removed when the block ends.
+    They are removed when the block ends, after requests in flight have finished (at most a minute).
 
     Raises:
         DeployError: one of them cannot start; nothing stays deployed.
@@ -100,6 +100,7 @@ def deployed(file: ServeFile, progress: Progress, build_one: BuildApplication = 
         logging_config=file.logging_config,
     )
     names = [application.name for application in file.applications]
+    is_up = False
     try:
         serve.run_many(
             [
@@ -114,11 +115,20 @@ def deployed(file: ServeFile, progress: Progress, build_one: BuildApplication = 
             wait_for_applications_running=False,
         )
         _wait(names, progress)
+        is_up = True
         host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
         yield f"http://{host}:{options.port}"
     finally:
-        for name in names:
-            serve.delete(name)
+        _remove(names, progress, waits=is_up)
+
+
+def _remove(names: list[str], progress: Progress, waits: bool) -> None:
+    """Without waiting where nothing serves yet: Serve does not finish deleting what it cannot place."""
+    for name in names:
+        try:
+            serve.delete(name, _blocking=waits)
+        except TimeoutError:
+            progress(f"{name} still has open requests; Serve goes on removing it")
 
 
 def _wait(names: list[str], progress: Progress) -> None:
@@ -129,9 +139,12 @@ def _wait(names: list[str], progress: Progress) -> None:
         for status in statuses:
             _raise_if_failed(status)
             for deployment, facts in status.deployments.items():
-                if said.get(deployment) != facts.status:
-                    said[deployment] = facts.status
-                    progress(f"{deployment}: {_WORDS.get(facts.status.value, facts.status.value.lower())}")
+                # The message tells, for one, that no node has the resources that a replica asks for.
+                words = _WORDS.get(facts.status.value, facts.status.value.lower())
+                news = ": ".join(filter(None, (deployment, words, facts.message)))
+                if said.get(deployment) != news:
+                    said[deployment] = news
+                    progress(news)
         if len(statuses) == len(names) and all(status.status == "RUNNING" for status in statuses):
             return
         time.sleep(_POLL_S)

@@ -101,7 +101,7 @@ class PatternRunner:
     def _verify(self, kv: KvCache, slot: int, tokens: Sequence[int]) -> None:
         rows = kv.geometry.rows_for(len(tokens))
         first = kv.first_row(slot)
-        expected = torch.tensor(tokens, dtype=torch.float32) * 100
+        expected = torch.tensor(tokens, dtype=torch.float32, device=kv.layer_views[0].device) * 100
         for layer, view in enumerate(kv.layer_views):
             keys = view[first : first + rows, 0].reshape(-1, *view.shape[3:])[: len(tokens)]
             values = view[first : first + rows, 1].reshape(-1, *view.shape[3:])[: len(tokens)]
@@ -136,6 +136,7 @@ class Bench:
         scheduler: SchedulerConfig | None = None,
         max_model_len: int = 256,
         vm: VirtualMemory | None = None,
+        geometry: KvGeometry = GEOMETRY,
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         memory = memory or MemoryConfig()
@@ -145,7 +146,7 @@ class Bench:
             self.vm,
             total_chunks,
             memory.mode,
-            GEOMETRY,
+            geometry,
             SPECS,
             scheduler.max_num_seqs,
             max_model_len,

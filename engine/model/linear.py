@@ -55,6 +55,8 @@ class OneDnnLinear(Linear):
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] <= _MAX_ROWS:
+            return out.copy_(self._multiply(x, self._weight, self.bias, "none", [], ""))
         for begin in range(0, x.shape[0], _MAX_ROWS):
             rows = slice(begin, begin + _MAX_ROWS)
             out[rows] = self._multiply(x[rows], self._weight, self.bias, "none", [], "")

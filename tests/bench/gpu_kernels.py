@@ -29,8 +29,8 @@ def pool(num_sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = -(-context // TOKENS_PER_ROW)
     shape = (num_sequences * num_rows, LAYERS, 2, TOKENS_PER_ROW, KV_HEADS, HEAD_DIM)
     kv = torch.empty(shape, dtype=torch.bfloat16, device="cuda")[:, 1]
-    for row in kv.split(1024):  # a whole layer's normal values at once would need twice the memory
-        row.normal_()
+    for first in range(0, kv.shape[0], 1024):  # `normal_` on a strided view works in a copy of it
+        kv[first : first + 1024].normal_()
     return kv, torch.randperm(num_sequences, device="cuda") * num_rows
 
 

@@ -95,7 +95,8 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_url(ray_cluster: None, port: int, tokenizer_dir: Path) -> Iterator[str]:
-    """Of an application with the models `fake` and `narrow` (one request at a time, one waiting)."""
+    """Of an application with the models `fake`, `narrow` (one request at a time, one waiting) and
+    `pair` (two groups)."""
     narrow = {"max_ongoing_requests": 1, "max_queued_requests": 1}
     file = serve_file(
         port,
@@ -103,6 +104,7 @@ def base_url(ray_cluster: None, port: int, tokenizer_dir: Path) -> Iterator[str]
         ROUTE,
         llm("fake", tokenizer_dir, tokenizer_dir),
         llm("narrow", tokenizer_dir, tokenizer_dir, deployment_config=narrow),
+        llm("pair", tokenizer_dir, tokenizer_dir, deployment_config={"num_replicas": 2}),
     )
     with launch.deployed(file, print, build_fake) as url:
         yield url + ROUTE

@@ -59,7 +59,7 @@ def test_tokens_arrive_one_by_one(http: httpx.Client) -> None:
 
 def test_the_official_client(base_url: str) -> None:
     client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
-    assert {model.id for model in client.models.list()} == {"fake", "narrow"}
+    assert {model.id for model in client.models.list()} == {"fake", "narrow", "pair"}
     messages: Any = [{"role": "user", "content": "word1"}]
     whole = client.chat.completions.create(model="fake", messages=messages, max_tokens=3)
     assert (whole.choices[0].message.content or "").split() == ["word100", "word101", "word102"]
@@ -109,6 +109,16 @@ def test_more_than_the_groups_take_is_refused(base_url: str) -> None:
     assert int(refused.headers["retry-after"]) >= 1
 
 
+def test_two_groups_share_the_work(base_url: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(6):
+            body = _body(SLOW, 60, "pair")
+            pool.submit(httpx.post, f"{base_url}/v1/completions", json=body, timeout=30)
+        _eventually(lambda: sum(group.num_running for group in Client(base_url).status()["pair"]) == 6)
+        shares = sorted(group.num_running for group in Client(base_url).status()["pair"])
+    assert shares[0] >= 2
+
+
 def test_our_own_client(base_url: str) -> None:
     pieces: list[str] = []
     client = Client(base_url)
@@ -128,9 +138,8 @@ def test_the_controller_sees_every_group(base_url: str) -> None:
         seen: ClusterView = handle.latest.remote().result(timeout_s=5)
         return seen
 
-    _eventually(
-        lambda: {name: len(groups) for name, groups in view().groups.items()} == {"fake": 1, "narrow": 1}
-    )
+    expected = {"fake": 1, "narrow": 1, "pair": 2}
+    _eventually(lambda: {name: len(groups) for name, groups in view().groups.items()} == expected)
     first = view().taken_s
     _eventually(lambda: view().taken_s > first)
 
@@ -168,6 +177,6 @@ def test_an_engine_that_cannot_start_is_one_message(base_url: str, port: int, to
         pass
     assert str(caught.value) == "there is no model called missing"
     assert time.monotonic() - started < 30
-    assert "broken" not in serve.status().applications
+    _eventually(lambda: "broken" not in serve.status().applications)
     assert ROUTE in base_url  # the other application is still there
     assert httpx.get(f"{base_url}/health").status_code == 200

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import (
     IngressSection,
     ServeFile,
     ServingArgs,
     load,
-    parse_bytes,
     to_engine_config,
     validate,
 )
+from cluster.config_values import parse_bytes
 from engine.config import EngineConfig, ModelSource
 from engine.errors import ConfigError
 
@@ -42,6 +43,8 @@ def test_shipped_files_are_valid(path: Path) -> None:
     if "applications" not in yaml.safe_load(path.read_text()):
         pytest.skip("a Kubernetes manifest")
     assert load(path).applications
+    # `serve deploy` must take the same file.
+    assert ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
 
 
 def test_defaults_are_the_engines_own() -> None:

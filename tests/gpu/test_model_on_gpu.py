@@ -1,0 +1,106 @@
+"""The real engine on a GPU: the demo model's words, and a Llama-3.1-8B shape under load."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.build import build_engine
+from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
+from engine.messages import GenerateRequest, SamplingParams, TokenDelta
+
+pytestmark = pytest.mark.gpu
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "torch_dtype": "bfloat16",
+    "eos_token_id": [128001, 128009],
+    "tie_word_embeddings": False,
+}
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.deltas: dict[str, TokenDelta] = {}
+
+    def __call__(self, deltas: Sequence[TokenDelta]) -> None:
+        for delta in deltas:
+            before = self.deltas.get(delta.request_id)
+            self.deltas[delta.request_id] = delta if before is None else before.then(delta)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_demo_model_knows_the_capital_of_france(demo_model_path: Path, dtype: str) -> None:
+    from cluster.tokenizer import Tokenizer
+
+    collector = Collector()
+    source = ModelSource("demo", str(demo_model_path), dtype=dtype)  # type: ignore[arg-type]
+    engine = build_engine(
+        EngineConfig(source, MemoryConfig(pool_bytes=1 << 30), SchedulerConfig(max_num_seqs=8), "cuda"),
+        collector,
+    )
+    tokenizer = Tokenizer.load(str(demo_model_path))
+    prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    engine.submit(GenerateRequest("q", tuple(prompt), SamplingParams(max_tokens=32, temperature=0.0)))
+    while engine.step():
+        pass
+    assert "Paris" in tokenizer.decode(collector.deltas["q"].token_ids)
+
+
+@pytest.mark.timeout(600)
+def test_llama_8b_shape_serves_64_requests(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    collector = Collector()
+    started = time.perf_counter()
+    engine = build_engine(
+        EngineConfig(
+            ModelSource("llama-8b", str(tmp_path), load_format="dummy"),
+            scheduler=SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=4096),
+            device="cuda",
+        ),
+        collector,
+    )
+    ready_s = time.perf_counter() - started
+    generator = torch.Generator().manual_seed(1)
+    for index in range(64):
+        prompt = torch.randint(0, 128000, (512,), generator=generator).tolist()
+        sampling = SamplingParams(
+            max_tokens=128, temperature=0.0 if index % 2 else 0.8, seed=index, ignore_eos=True
+        )
+        engine.submit(GenerateRequest(str(index), tuple(prompt), sampling))
+    started = time.perf_counter()
+    while engine.step():
+        pass
+    wall_s = time.perf_counter() - started
+    memory = engine.snapshot.memory
+    assert len(collector.deltas) == 64
+    assert all(len(delta.token_ids) == 128 for delta in collector.deltas.values())
+    assert all(delta.finish_reason == "length" for delta in collector.deltas.values())
+    engine._pool.check()
+    assert memory.kv == 0
+    print(
+        f"\nready {ready_s:.1f} s; 64 x (512 + 128): {64 * 128 / wall_s:.0f} output tok/s; {engine.info}; {memory}"
+    )

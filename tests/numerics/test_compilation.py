@@ -1,0 +1,61 @@
+"""Nothing is compiled anew when batch sizes and lengths change: a compilation is seconds in a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton import knobs
+
+from kernels import triton_backend
+from tests.numerics.cases import int32
+
+T, KV_HEADS, QUERY_HEADS, DIM = 64, 2, 8, 64
+
+
+def attend(device: torch.device, num_decodes: int, context: int, pieces: list[int]) -> None:
+    """A step as the engine makes one: metadata in slices of one buffer, at any alignment."""
+    num_tokens = num_decodes + sum(pieces)
+    num_sequences = num_decodes + len(pieces)
+    rows_each = -(-context // T)
+    kv = torch.zeros(num_sequences * rows_each, 2, T, KV_HEADS, DIM, dtype=torch.bfloat16, device=device)
+    qkv = torch.zeros(num_tokens, (QUERY_HEADS + 2 * KV_HEADS) * DIM, dtype=torch.bfloat16, device=device)
+    q, k, v = (x.view(num_tokens, -1, DIM) for x in torch.split(qkv, [512, 128, 128], dim=1))
+    out = torch.empty(num_tokens, QUERY_HEADS, DIM, dtype=torch.bfloat16, device=device)
+    first_rows = torch.arange(num_sequences, device=device) * rows_each
+    lens = int32([context] * num_sequences, device)
+    table = torch.zeros(8, DIM // 2, device=device)
+    positions = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)[1:]
+    triton_backend.rotary(q, k, table, table, positions)
+    triton_backend.kv_write(kv, k, v, positions, positions)
+    n = num_decodes
+    triton_backend.decode_attention(q[:n], kv, first_rows[:n], lens[:n], context, 0.1, out[:n])
+    if pieces:
+        starts = int32([0, *torch.tensor(pieces).cumsum(0).tolist()], device)
+        triton_backend.prefill_attention(
+            q[n:], kv, starts, first_rows[n:], lens[n:], max(pieces), 0.1, out[n:]
+        )
+    width = QUERY_HEADS * DIM
+    hidden, weight = out.flatten(1), torch.ones(width, dtype=torch.bfloat16, device=device)
+    triton_backend.rms_norm(hidden, weight, 1e-5, hidden)
+    triton_backend.add_rms_norm(hidden, hidden.clone(), weight, 1e-5, hidden)
+    triton_backend.silu_and_mul(hidden, torch.empty_like(hidden[:, : width // 2]))
+
+
+@pytest.mark.gpu
+def test_other_sizes_reuse_what_is_compiled(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime, "jit_post_compile_hook", lambda **found: compiled.append(str(found["repr"]))
+    )
+    attend(device, 2, 300, [40])  # one part a context
+    attend(device, 2, 5000, [40])  # several, and the kernel that joins them
+    assert compiled
+    compiled.clear()
+    for num_decodes, context, pieces in [
+        (1, 1, []),
+        (1, 16, [1]),
+        (3, 700, [1, 17]),
+        (33, 9000, [500, 16, 3]),
+    ]:
+        attend(device, num_decodes, context, pieces)
+    assert not compiled
