@@ -55,7 +55,7 @@ def serve(
         # Ray puts a SIGTERM handler of its own in place, so ours comes after it.
         with launch.ray_running(address, verbose), _sigterm_interrupts():
             _step("deploying; the first start of a model takes longest")
-            with launch.deployed(file, _step) as url:
+            with launch.deployed(file, _step, removes=address is not None) as url:
                 _step(f"ready at {url}/v1")
                 _console.print(cli_render.file_summary(file))
                 client = _client_of(file, url)
@@ -63,7 +63,7 @@ def serve(
                     _stay(client)
                 else:
                     _ask_once(client, file.applications[0].args.llm_configs[0].model_id, ask)
-                _step("stopping after open requests; Ctrl-C again stops at once")
+                _step("stopping")
 
 
 @app.command()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import os
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +58,9 @@ class TpGroup:
         resources: Mapping[str, float],
         max_concurrency: int,
     ) -> None:
+        if config.device == "cpu" and config.num_threads is None:
+            # Ray limits OpenMP to the CPUs an actor reserves, and a CPU rank reserves half of one.
+            config = dataclasses.replace(config, num_threads=len(os.sched_getaffinity(0)))
         self._engine = _place(engine_class, resources, max_concurrency).remote(config)
         try:
             self._info: EngineInfo = await self._engine.info.remote()

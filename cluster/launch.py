@@ -85,10 +85,14 @@ def ray_running(address: str | None, verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def deployed(file: ServeFile, progress: Progress, build_one: BuildApplication = build) -> Iterator[str]:
+def deployed(
+    file: ServeFile, progress: Progress, build_one: BuildApplication = build, *, removes: bool = True
+) -> Iterator[str]:
     """All applications of the file, up and healthy; the value is the server's URL.
 
     They are removed when the block ends, after requests in flight have finished (at most a minute).
+    Without `removes` they are left to end with their Ray: whoever stops a process group, as systemd
+    and `timeout` do, stops Ray's daemons beside us, and asking those for anything would hang.
 
     Raises:
         DeployError: one of them cannot start; nothing stays deployed.
@@ -119,7 +123,8 @@ def deployed(file: ServeFile, progress: Progress, build_one: BuildApplication = 
         host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
         yield f"http://{host}:{options.port}"
     finally:
-        _remove(names, progress, waits=is_up)
+        if removes:
+            _remove(names, progress, waits=is_up)
 
 
 def _remove(names: list[str], progress: Progress, waits: bool) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Specs
 
 import torch
 
@@ -20,12 +21,13 @@ from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.kv_cache import KvGeometry
 from engine.memory.pool import MemoryPool
 from engine.memory.vmm import VirtualMemory
-from engine.messages import EngineInfo
+from engine.messages import EngineInfo, GenerateRequest, Piece, SamplingParams, StepPlan
 from engine.model.buffers import activation_specs
 from engine.model.loader import LoadedModel, load_model
 from engine.model.runner import ModelRunner
 from engine.model.sampler import Sampler
 from engine.scheduler import Scheduler
+from engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -61,23 +63,52 @@ def build_engine(
         config.scheduler.max_num_batched_tokens,
         model.dtype,
     )
-    info = EngineInfo(
+    eos_token_ids = model.config.eos_token_ids
+    scheduler = Scheduler(config.scheduler, pool, max_model_len, eos_token_ids)
+    runner = ModelRunner(model.decoder, pool.arena, pool.kv, model.device)
+    sampler = Sampler(model.config.vocab_size, eos_token_ids, model.device)
+    _warm_up(pool, runner, sampler)
+    info = _describe(config, model, geometry, max_model_len, total * geometry.chunk_bytes, clock() - started)
+    return Engine(config, info, pool, scheduler, runner, sampler, publish, clock)
+
+
+def _describe(
+    config: EngineConfig,
+    model: LoadedModel,
+    geometry: KvGeometry,
+    max_model_len: int,
+    pool_bytes: int,
+    load_s: float,
+) -> EngineInfo:
+    return EngineInfo(
         model_id=config.model.model_id,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=max_model_len,
         vocab_size=model.config.vocab_size,
         eos_token_ids=model.config.eos_token_ids,
-        pool_bytes=total * geometry.chunk_bytes,
+        pool_bytes=pool_bytes,
         weight_bytes=model.weight_bytes,
         tokens_per_chunk=geometry.tokens_per_chunk,
         layers_per_group=geometry.layers_per_group,
-        load_s=clock() - started,
+        load_s=load_s,
     )
-    scheduler = Scheduler(config.scheduler, pool, max_model_len, info.eos_token_ids)
-    runner = ModelRunner(model.decoder, pool.arena, pool.kv, model.device)
-    sampler = Sampler(info.vocab_size, info.eos_token_ids, model.device)
-    return Engine(config, info, pool, scheduler, runner, sampler, publish, clock)
+
+
+def _warm_up(pool: MemoryPool, runner: ModelRunner, sampler: Sampler) -> None:
+    """Run every kernel once, so that no client waits for them to be compiled (1.7 s on an H100)."""
+    slot = pool.open_slot(3)
+    if slot is None:
+        return
+    request = GenerateRequest("warm-up", (0, 0), SamplingParams(max_tokens=2, top_p=0.9))
+    seq = Sequence(request, seed=0, arrival_s=0.0, slot=slot)
+    for start, tokens in ((0, (0, 0)), (2, (0,))):
+        if pool.reserve([(slot, start + len(tokens))], len(tokens), 1):
+            piece = Piece(request.request_id, slot, start, tokens, samples=True)
+            logits = runner.run(StepPlan(0, (piece,), num_decodes=int(len(tokens) == 1)))
+            sampler.sample(logits, [seq])
+    runner.synchronize()
+    pool.close_slot(slot)
 
 
 def make_driver(device: torch.device, chunk_bytes: int, memory: MemoryConfig) -> tuple[VirtualMemory, int]:
@@ -116,7 +147,7 @@ def _geometry(model: LoadedModel, memory: MemoryConfig) -> KvGeometry:
 
 
 def _fit_model_len(
-    config: EngineConfig, model_limit: int, geometry: KvGeometry, specs: Sequence[BufferSpec], total: int
+    config: EngineConfig, model_limit: int, geometry: KvGeometry, specs: Specs[BufferSpec], total: int
 ) -> int:
     """The longest sequence: what was asked for if it fits, else as long as model and pool allow."""
     limits = config.scheduler

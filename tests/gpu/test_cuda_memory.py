@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from tests.fakes import VOCAB, Bench, answer
 
 from engine.config import MemoryConfig, SchedulerConfig
 from engine.errors import ConfigError, DriverError
 from engine.memory.kv_cache import KvGeometry
 from engine.messages import GenerateRequest, SamplingParams
+from tests.fakes import VOCAB, Bench, answer
 
 pytestmark = pytest.mark.gpu
 

@@ -63,7 +63,8 @@ def test_the_demo_model_knows_the_capital_of_france(demo_model_path: Path, dtype
         collector,
     )
     tokenizer = Tokenizer.load(str(demo_model_path))
-    prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    text = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
+    prompt = tokenizer.encode(text, add_special_tokens=False)
     engine.submit(GenerateRequest("q", tuple(prompt), SamplingParams(max_tokens=32, temperature=0.0)))
     while engine.step():
         pass
@@ -102,5 +103,6 @@ def test_llama_8b_shape_serves_64_requests(tmp_path: Path) -> None:
     engine._pool.check()
     assert memory.kv == 0
     print(
-        f"\nready {ready_s:.1f} s; 64 x (512 + 128): {64 * 128 / wall_s:.0f} output tok/s; {engine.info}; {memory}"
+        f"\nready {ready_s:.1f} s; 64 x (512 + 128): {64 * 128 / wall_s:.0f} output tok/s\n"
+        f"{engine.info}\n{memory}"
     )

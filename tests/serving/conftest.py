@@ -15,7 +15,7 @@ from ray import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cluster import app, launch
-from cluster.config import ServeFile, ServingArgs, validate
+from cluster.config import ServeFile, ServingArgs, load, validate
 from tests.serving.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +108,17 @@ def base_url(ray_cluster: None, port: int, tokenizer_dir: Path) -> Iterator[str]
     )
     with launch.deployed(file, print, build_fake) as url:
         yield url + ROUTE
+
+
+@pytest.fixture(scope="session")
+def demo_url(ray_cluster: None, port: int, base_url: str, demo_model_path: Path) -> Iterator[str]:
+    """Of `deploy/laptop.yaml` with its real model, beside the fakes: one Ray has one HTTP port."""
+    file = load(ROOT / "deploy" / "laptop.yaml")
+    application = file.applications[0].model_copy(update={"name": "demo", "route_prefix": "/demo"})
+    http = file.http_options.model_copy(update={"port": port})
+    file = file.model_copy(update={"applications": (application,), "http_options": http})
+    with launch.deployed(file, print) as url:
+        yield f"{url}/demo"
 
 
 @pytest.fixture

@@ -5,44 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from cluster import launch
 from cluster.client import Client
-from cluster.config import load
 
 pytestmark = [pytest.mark.ray, pytest.mark.model]
 
-LAPTOP = Path(__file__).parents[2] / "deploy" / "laptop.yaml"
 MODEL = "smollm2-135m-instruct"
 
 
-@pytest.fixture(scope="module")
-def url(ray_cluster: None, port: int, base_url: str):
-    """Of the laptop's application, beside the one with fakes: one Ray has one HTTP port."""
-    file = load(LAPTOP)
-    application = file.applications[0].model_copy(update={"name": "demo", "route_prefix": "/demo"})
-    http = file.http_options.model_copy(update={"port": port})
-    file = file.model_copy(update={"applications": (application,), "http_options": http})
-    with launch.deployed(file, print) as root:
-        yield f"{root}/demo"
-
-
-def test_it_answers(url: str) -> None:
+def test_it_answers(demo_url: str) -> None:
     pieces: list[str] = []
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = Client(url).chat(MODEL, question, pieces.append, temperature=0, max_tokens=40)
+    answer = Client(demo_url).chat(MODEL, question, pieces.append, temperature=0, max_tokens=40)
     assert "Paris" in answer.text
     assert len(pieces) > 3
     assert answer.finish_reason == "stop"
 
 
-def test_greedy_answers_repeat_with_and_without_a_stream(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+def test_greedy_answers_repeat_with_and_without_a_stream(demo_url: str) -> None:
+    client = openai.OpenAI(base_url=f"{demo_url}/v1", api_key="none", max_retries=0)
     asked = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "Count from one to five."}],
@@ -55,18 +40,18 @@ def test_greedy_answers_repeat_with_and_without_a_stream(url: str) -> None:
     assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole
 
 
-def test_a_client_that_leaves_frees_its_memory(url: str) -> None:
+def test_a_client_that_leaves_frees_its_memory(demo_url: str) -> None:
     body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 1500, "stream": True}
     body |= {"temperature": 0, "ignore_eos": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{demo_url}/v1/completions", json=body, timeout=60) as response:
         for _, line in zip(range(8), response.iter_lines(), strict=False):
             assert not line or "error" not in json.loads(line.removeprefix("data: "))
-        (busy,) = Client(url).status()[MODEL]
+        (busy,) = Client(demo_url).status()[MODEL]
         assert busy.num_running == 1
         assert busy.memory.kv > 0
     deadline = time.monotonic() + 20
     while True:
-        (idle,) = Client(url).status()[MODEL]
+        (idle,) = Client(demo_url).status()[MODEL]
         if idle.num_running == 0 and idle.memory.kv == 0:
             break
         assert time.monotonic() < deadline, dataclasses.asdict(idle)

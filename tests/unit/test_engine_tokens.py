@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,22 +50,33 @@ def prompts(demo_model_path: Path) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def expected(demo_model_path: Path, prompts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """transformers, one prompt at a time, greedy, end-of-sequence ignored."""
+    """What the engine says to all prompts at once, once transformers has agreed to every token.
+
+    One pass of transformers over prompt and answer shows its greedy choice after each of the answer's
+    tokens; that all of them are the answer's next token is, by induction, what generating greedily
+    would say. It takes a tenth of the time of generating.
+    """
+    answers = Run(demo_model_path).together(prompts)
     model = AutoModelForCausalLM.from_pretrained(
         str(demo_model_path.parent), gguf_file=demo_model_path.name, dtype=torch.float32
     )
-    return [_greedy(model, prompt) for prompt in prompts]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert _choices(model, prompt, answer) == answer
+    assert _generated(model, prompts[0], 16) == answers[0][:16]
+    return answers
 
 
 @torch.inference_mode()
-def _greedy(model: torch.nn.Module, prompt: Sequence[int]) -> tuple[int, ...]:
-    ids, cache, said = torch.tensor([prompt]), None, []
-    for _ in range(NUM_TOKENS):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        ids = output.logits[:, -1:].argmax(-1)
-        said.append(int(ids))
-    return tuple(said)
+def _choices(model: torch.nn.Module, prompt: tuple[int, ...], answer: tuple[int, ...]) -> tuple[int, ...]:
+    logits = model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+    return tuple(logits.argmax(-1).tolist())
+
+
+def _generated(model: Any, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    said = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
+    return tuple(said[0, len(prompt) :].tolist())
 
 
 class Run:
@@ -107,8 +119,9 @@ def test_alone(
         assert run.together([prompt]) == [tokens]
 
 
-@pytest.mark.parametrize("mode", ["elastic", "static"])
-@pytest.mark.parametrize("piece", [16, 64, None])
+@pytest.mark.parametrize(
+    ("mode", "piece"), [("elastic", 16), ("elastic", 64), ("static", None), ("static", 16)]
+)
 def test_all_together_in_any_pieces_and_mode(
     demo_model_path: Path,
     prompts: list[tuple[int, ...]],
