@@ -21,7 +21,7 @@ _STYLES = {
     "activation": ("▓", "yellow", "activations"),
     "guard": ("#", "magenta", "guard"),
     "retiring": ("~", "red", "retiring"),
-    "warm": ("▒", "blue", "free, still mapped"),
+    "warm": ("▒", "blue", "warm (free)"),
     "free": ("░", "bright_black", "free"),
 }
 
@@ -38,7 +38,7 @@ def pool_picture(snapshot: EngineSnapshot) -> RenderableType:
         if chunks:
             glyph, colour, label = _STYLES[state]
             legend.append(f"{glyph} ", style=colour)
-            legend.append(f"{label} {size(chunks * memory.chunk_bytes)}   ")
+            legend.append(f"{label} {size(chunks * memory.chunk_bytes)}  ")
     head = Text(
         f"{memory.total} chunks of {size(memory.chunk_bytes)}, {memory.kv_tokens} tokens of KV, "
         f"{memory.driver_calls} driver calls since start"
@@ -69,7 +69,7 @@ def status_view(models: Mapping[str, Sequence[EngineSnapshot]]) -> RenderableTyp
             title = Text(f"{model_id} group {number}: ", style="bold")
             title.append(
                 f"{snapshot.num_running} running, {snapshot.num_waiting} waiting, "
-                f"{snapshot.generated_tokens} tokens generated, {snapshot.num_preemptions} preemptions",
+                f"{snapshot.generated_tokens} tokens out, {snapshot.num_preemptions} preempted",
                 style="not bold",
             )
             parts += [title, pool_picture(snapshot)]

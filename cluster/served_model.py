@@ -99,6 +99,6 @@ async def _answers(handle: DeploymentHandle[Any], method: str, kind: type[T]) ->
     response = handle.broadcast(method)
     try:
         answers = await response.results_async(timeout_s=_ANSWER_S, return_exceptions=True)
-    except TimeoutError:
+    except (TimeoutError, DeploymentUnavailableError):  # the latter while no group is up yet
         return []
     return [answer for answer in answers if isinstance(answer, kind)]

@@ -17,7 +17,7 @@ from engine.config import MIB, EngineConfig, MemoryConfig
 from engine.core import Engine, Publish
 from engine.errors import ConfigError
 from engine.memory.arena import BufferSpec, activation_bytes
-from engine.memory.host_vmm import HostVirtualMemory
+from engine.memory.host_vmm import HostVirtualMemory, available_bytes
 from engine.memory.kv_cache import KvGeometry
 from engine.memory.pool import MemoryPool
 from engine.memory.vmm import VirtualMemory
@@ -129,8 +129,13 @@ def make_driver(device: torch.device, chunk_bytes: int, memory: MemoryConfig) ->
                 f"{device} after the weights: lower it, or leave it out to have it measured"
             )
         return CudaVirtualMemory(device, chunk_bytes), max(0, nbytes) // chunk_bytes
-    total = (memory.pool_bytes or _CPU_POOL_BYTES) // chunk_bytes
-    return HostVirtualMemory(chunk_bytes, total), total
+    nbytes = memory.pool_bytes or _CPU_POOL_BYTES
+    if nbytes > available_bytes():
+        raise ConfigError(
+            f"the pool wants {nbytes / 2**30:.1f} GiB, and {available_bytes() / 2**30:.1f} GiB of memory are "
+            "available: lower memory.pool_bytes"
+        )
+    return HostVirtualMemory(chunk_bytes, nbytes // chunk_bytes), nbytes // chunk_bytes
 
 
 def _geometry(model: LoadedModel, memory: MemoryConfig) -> KvGeometry:

@@ -124,6 +124,13 @@ class HostVirtualMemory:
         os.close(self._file)
 
 
+def available_bytes() -> int:
+    """Memory the system could still give out. Touching more than that ends in the kernel killing us."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, file: int, offset: int) -> int:
     result = _libc.mmap(address, nbytes, protection, flags, file, offset)
     if result == _FAILED or result is None:

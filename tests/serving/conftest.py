@@ -56,14 +56,14 @@ def serve_file(port: int, name: str, route: str, *llms: dict[str, Any]) -> Serve
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
     os.environ["PYTHONPATH"] = str(ROOT)  # the workers', when the package is not installed
     ray.init(
@@ -79,7 +79,7 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of 200 words, with a chat template."""
     vocab = {f"▁word{number}": number for number in range(200)}
@@ -93,7 +93,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def base_url(ray_cluster: None, port: int, tokenizer_dir: Path) -> Iterator[str]:
     """Of an application with the models `fake`, `narrow` (one request at a time, one waiting) and
     `pair` (two groups)."""
@@ -110,7 +110,7 @@ def base_url(ray_cluster: None, port: int, tokenizer_dir: Path) -> Iterator[str]
         yield url + ROUTE
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo_url(ray_cluster: None, port: int, base_url: str, demo_model_path: Path) -> Iterator[str]:
     """Of `deploy/laptop.yaml` with its real model, beside the fakes: one Ray has one HTTP port."""
     file = load(ROOT / "deploy" / "laptop.yaml")

@@ -136,6 +136,6 @@ def test_all_together_in_any_pieces_and_mode(
 def test_a_pool_too_small_for_all(
     demo_model_path: Path, prompts: list[tuple[int, ...]], expected: list[tuple[int, ...]]
 ) -> None:
-    run = Run(demo_model_path, MemoryConfig(pool_bytes=48 * MIB, chunk_bytes=MIB // 8))
+    run = Run(demo_model_path, MemoryConfig(pool_bytes=40 * MIB, chunk_bytes=MIB // 16))
     assert run.together(prompts) == expected
     assert run.engine.snapshot.num_preemptions > 0
