@@ -30,7 +30,8 @@ ServeFilePath = Annotated[Path, typer.Argument(metavar="FILE", help="A Ray Serve
 Url = Annotated[str, typer.Option(help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="BALLONET_API_KEY", help="Sent as a bearer token.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
-_SAMPLE_S = 0.03  # eight tokens on a GPU take 80 ms
+_FIRST_SAMPLE_S = 0.03  # eight tokens on a GPU take 80 ms
+_LONGEST_SAMPLE_S = 1.0  # looking costs the server time too
 _INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
 
@@ -148,9 +149,11 @@ def _fullest_pool(client: Client, model: str) -> Iterator[list[EngineSnapshot]]:
     stop = threading.Event()
 
     def sample() -> None:
+        pause_s = _FIRST_SAMPLE_S
         # A server that refuses here fails the answer too, which says so better.
         with contextlib.suppress(ClientError):
-            while not stop.wait(_SAMPLE_S):
+            while not stop.wait(pause_s):
+                pause_s = min(2 * pause_s, _LONGEST_SAMPLE_S)
                 for snapshot in client.status()[model]:
                     if not seen or snapshot.memory.kv > seen[-1].memory.kv:
                         seen.append(snapshot)
