@@ -115,10 +115,6 @@ class ChunkPool:
             self._disown(chunk)
             self._idle.append(chunk)
 
-    def is_warm(self, chunk: int) -> bool:
-        """Whether the chunk is free and still mapped where it was last used."""
-        return chunk in self._warm
-
     def can_adopt(self, chunk: int) -> bool:
         """Whether the one place that maps an ownerless chunk could own it again.
 

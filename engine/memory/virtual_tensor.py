@@ -39,17 +39,9 @@ class VirtualTensor:
         """Rows whose chunk this tensor owns or shares."""
         return len(self._backed)
 
-    def is_backed(self, row: int) -> bool:
-        """Whether the row may be read and written."""
-        return row in self._backed
-
     def is_empty(self, row: int) -> bool:
         """Whether nothing is mapped at the row."""
         return row not in self._mapped
-
-    def is_warm(self, row: int) -> bool:
-        """Whether the row's last chunk is still mapped there and counts as free."""
-        return row not in self._backed and row in self._mapped and self._chunks.is_warm(self._mapped[row])
 
     def can_adopt(self, row: int) -> bool:
         """Whether the row can be backed again by what is still mapped there."""

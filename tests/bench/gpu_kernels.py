@@ -62,6 +62,9 @@ def commit() -> str:
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure here")
+        return
     results: dict[str, float] = {}
     for batch, context in DECODES:
         ms = do_bench_cudagraph(decode(batch, context), return_mode="median")
