@@ -33,6 +33,7 @@ _LIGHT = 0.1
 _CPU_RANK = {"CPU": 0.5}
 _GPU_RANK = {"CPU": 1.0, "GPU": 1.0}
 _STATS_PERIOD_S = 1.0
+_BURST = 64
 _CONTROL_CALLS = 64  # health checks and snapshots that an engine answers beside its requests
 
 
@@ -90,13 +91,15 @@ def _group(name: str, llm: LLMConfig, auto_device: Device, engine_class: type) -
         raise ConfigError(f"{llm.model_id}: engine_kwargs.device is cuda, but the Ray cluster has no GPU")
     resources = _rank_resources(llm, device)
     options = llm.deployment_config
-    limit = llm.engine_kwargs.max_num_seqs + llm.engine_kwargs.max_num_queued_reqs
-    max_ongoing = options.max_ongoing_requests or limit
+    # The engine alone knows what it can take. Serve counts a request as queued while it looks for a
+    # replica, so limits near the engine's own would refuse bursts that the engine has room for.
+    room = 2 * (llm.engine_kwargs.max_num_seqs + llm.engine_kwargs.max_num_queued_reqs) + _BURST
+    max_ongoing = options.max_ongoing_requests or room
     deployment = serve.deployment(TpGroup).options(
         name=name,
         **options.model_dump(exclude_none=True, exclude={"max_ongoing_requests", "max_queued_requests"}),
         max_ongoing_requests=max_ongoing,
-        max_queued_requests=options.max_queued_requests or llm.engine_kwargs.max_num_queued_reqs,
+        max_queued_requests=options.max_queued_requests or room,
         ray_actor_options={"num_cpus": _LIGHT},
         placement_group_bundles=[{"CPU": _LIGHT}, resources],
         placement_group_strategy=llm.placement_group_config.strategy

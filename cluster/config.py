@@ -102,8 +102,9 @@ class AutoscalingSection(Section):
 class DeploymentSection(Section):
     """Ray Serve's options of one model's groups, with defaults that suit long streams.
 
-    `max_ongoing_requests` is by default all that the engine can run and queue, so that requests
-    wait in one place, the engine's queue; what exceeds that and `max_queued_requests` gets a 429.
+    `max_ongoing_requests` and `max_queued_requests` are by default well above what the engine runs
+    and queues, so that requests wait in one place, the engine's queue, and the engine refuses what
+    exceeds it (429).
     """
 
     num_replicas: PositiveInt | Literal["auto"] | None = None

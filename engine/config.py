@@ -78,7 +78,8 @@ class SchedulerConfig:
         max_num_seqs: sequences that may hold KV at once; also the number of slots.
         max_num_batched_tokens: tokens of one step, decodes and prefill pieces together.
         prefill_piece_tokens: tokens of one prompt in one step; None is limited by the step alone.
-        max_num_queued_reqs: requests that may wait; one more is refused as overload.
+        max_num_queued_reqs: requests that may wait beside those that run; one more is refused as
+            overload.
     """
 
     max_num_seqs: int = 64

@@ -91,6 +91,7 @@ class Engine:
         self._inbox: deque[GenerateRequest | str] = deque()
         self._wake = threading.Event()
         self._door = threading.Lock()  # nobody may slip in while the loop says goodbye to the rest
+        self._num_open = 0  # submitted and not ended; both threads change it, behind the door
         self._num_steps = 0
         self._last_step_s = 0.0
         self._request_s = 1.0  # recent seconds between two finished requests, smoothed
@@ -109,12 +110,14 @@ class Engine:
         _check(request, self.info)
         with self._door:
             self.check_alive()
-            waiting = self.snapshot.num_waiting + len(self._inbox)
-            limit = self._config.scheduler.max_num_queued_reqs
-            if waiting >= limit:
+            limits = self._config.scheduler
+            if self._num_open >= limits.max_num_seqs + limits.max_num_queued_reqs:
                 raise OverloadedError(
-                    f"{waiting} requests are waiting, and {limit} may", max(1.0, self._request_s)
+                    f"{limits.max_num_seqs} requests run and {limits.max_num_queued_reqs} wait, which is all "
+                    f"that {self.info.model_id} takes",
+                    max(1.0, self._request_s),
                 )
+            self._num_open += 1
             self._inbox.append(request)
         self._wake.set()
 
@@ -241,7 +244,10 @@ class Engine:
         self._publish_all([self._scheduler.finish(seq, "error", message)])
 
     def _publish_all(self, deltas: list[TokenDelta]) -> None:
-        if any(delta.finish_reason for delta in deltas):
+        num_ended = sum(delta.finish_reason is not None for delta in deltas)
+        if num_ended:
+            with self._door:
+                self._num_open -= num_ended
             now = self._clock()
             gap = min(now - self._last_finish_s, _LONGEST_GAP_S)
             self._request_s += 0.1 * (gap - self._request_s)

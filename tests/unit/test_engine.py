@@ -184,15 +184,16 @@ def test_what_cannot_be_served_is_refused_by_name(request_: GenerateRequest, par
 
 def test_a_full_queue_is_overload() -> None:
     bench = Bench(scheduler=SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=64, max_num_queued_reqs=2))
-    bench.engine.submit(_request("a", 3, 3))
-    bench.engine.submit(_request("b", 3, 3))
+    for name in "abc":  # at once: one will run and two wait
+        bench.engine.submit(_request(name, 3, 3))
     with pytest.raises(OverloadedError) as caught:
-        bench.engine.submit(_request("c", 3, 3))
+        bench.engine.submit(_request("d", 3, 3))
     assert caught.value.retry_after_s >= 1
     bench.run()
-    bench.engine.submit(_request("d", 3, 3))
+    bench.engine.submit(_request("e", 3, 3))
     bench.run()
-    assert bench.deltas["d"].finish_reason == "length"
+    assert sorted(bench.deltas) == ["a", "b", "c", "e"]
+    assert bench.deltas["e"].finish_reason == "length"
 
 
 class FailingVirtualMemory(HostVirtualMemory):
