@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from cluster.config_errors import explain
-from cluster.config_values import Bytes, Section, Source
+from cluster.config_values import DEFAULT_MAX_BODY_BYTES, Bytes, Section, Source
 from engine.config import Device, Dtype, EngineConfig, LoadFormat, MemoryConfig, Mode, ModelSource
 from engine.config import SchedulerConfig as EngineSchedulerConfig
 from engine.errors import ConfigError
@@ -167,7 +167,7 @@ class IngressSection(Section):
 
     api_keys: tuple[str, ...] = Field(default=(), strict=False)
     api_keys_env: str | None = None
-    max_body_bytes: Bytes = 4 << 20
+    max_body_bytes: Bytes = DEFAULT_MAX_BODY_BYTES
     request_timeout_s: PositiveFloat | None = None
     num_replicas: PositiveInt = 1
     max_ongoing_requests: PositiveInt = 10_000

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from cluster.api import ChatBody, CompletionBody, GenerationBody, resolve_max_tokens
 from cluster.api_body import parse_body
 from cluster.api_responses import ChatWriter, CompletionWriter, Json, ResponseWriter
+from cluster.config_values import DEFAULT_MAX_BODY_BYTES
 from cluster.event_stream import EventStreamResponse, until_disconnect
 from cluster.generation import Generation
 from cluster.http_errors import describe
@@ -48,7 +49,7 @@ class IngressConfig:
     """
 
     api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     request_timeout_s: float | None = None
 
 
