@@ -58,6 +58,7 @@ class EngineKwargs(Section):
     tensor_parallel_size: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt | None = None
+    enforce_eager: bool = False
 
     @field_validator("tensor_parallel_size")
     @classmethod
@@ -288,4 +289,5 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
         device=device,
         max_model_len=kwargs.max_model_len,
         num_threads=kwargs.num_threads,
+        enforce_eager=kwargs.enforce_eager,
     )

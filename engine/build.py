@@ -10,10 +10,12 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Specs
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from tqdm import tqdm
 
-from engine.config import MIB, EngineConfig, MemoryConfig
+from engine.config import MIB, EngineConfig, MemoryConfig, SchedulerConfig
 from engine.core import Engine, Publish
 from engine.errors import ConfigError
 from engine.memory.arena import BufferSpec, activation_bytes
@@ -21,13 +23,13 @@ from engine.memory.host_vmm import HostVirtualMemory, available_bytes
 from engine.memory.kv_cache import KvGeometry
 from engine.memory.pool import MemoryPool
 from engine.memory.vmm import VirtualMemory
-from engine.messages import EngineInfo, GenerateRequest, Piece, SamplingParams, StepPlan
+from engine.messages import EngineInfo, Piece, SamplingParams, StepPlan
 from engine.model.buffers import activation_specs
-from engine.model.loader import LoadedModel, load_model
-from engine.model.runner import ModelRunner
-from engine.model.sampler import Sampler
+from engine.model.loader import LoadedModel, ModelFacts, load_model, read_model
+from engine.model.runner import ModelRunner, graph_sizes
+from engine.model.sampler import Sampler, SampleRow
+from engine.model.warm_up import compile_kernels
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -46,30 +48,58 @@ def build_engine(
         ModelLoadError: the model is missing, damaged or not supported.
         ConfigError: the pool cannot hold one sequence, or a limit exceeds the model's.
     """
-    started = clock()
-    model = load_model(config)
-    geometry = _geometry(model, config.memory)
-    vm, total = make_driver(model.device, geometry.chunk_bytes, config.memory)
-    specs = activation_specs(model.config, model.dtype)
-    max_model_len = _fit_model_len(config, model.config.max_context, geometry, specs, total)
+    started, limits = clock(), config.scheduler
+    facts = read_model(config)
+    geometry = _geometry(facts, config.memory)
+    with ThreadPoolExecutor(1) as beside:
+        compiled = beside.submit(compile_kernels, facts, geometry, limits.max_num_seqs)
+        model = load_model(config, facts)
+        compiled.result()
+    specs = activation_specs(facts.config, facts.dtype, facts.kernels, limits.max_num_seqs)
+    vm, total = make_driver(facts.device, geometry.chunk_bytes, config.memory)
+    max_model_len = _fit_model_len(config, facts.config.max_context, geometry, specs, total)
+    sizes = _graph_sizes(config, facts.device)
     pool = MemoryPool(
         vm,
         total,
         config.memory.mode,
         geometry,
         specs,
-        config.scheduler.max_num_seqs,
+        limits.max_num_seqs,
         max_model_len,
-        config.scheduler.max_num_batched_tokens,
-        model.dtype,
+        limits.max_num_batched_tokens,
+        facts.dtype,
+        sizes,
     )
-    eos_token_ids = model.config.eos_token_ids
-    scheduler = Scheduler(config.scheduler, pool, max_model_len, eos_token_ids)
-    runner = ModelRunner(model.decoder, pool.arena, pool.kv, model.device)
-    sampler = Sampler(model.config.vocab_size, eos_token_ids, model.device)
+    eos_token_ids = facts.config.eos_token_ids
+    scheduler = Scheduler(limits, pool, max_model_len, eos_token_ids)
+    sampler = Sampler(
+        facts.config.vocab_size, eos_token_ids, facts.device, limits.max_num_seqs, facts.kernels
+    )
+    runner = _runner(model, pool, sampler, limits)
     _warm_up(pool, runner, sampler)
+    _capture_graphs(pool, runner, sizes, clock)
     info = _describe(config, model, geometry, max_model_len, total * geometry.chunk_bytes, clock() - started)
-    return Engine(config, info, pool, scheduler, runner, sampler, publish, clock)
+    steps_ahead = 1 if facts.device.type == "cuda" else 0
+    return Engine(config, info, pool, scheduler, runner, sampler, publish, clock, steps_ahead)
+
+
+def _runner(model: LoadedModel, pool: MemoryPool, sampler: Sampler, limits: SchedulerConfig) -> ModelRunner:
+    return ModelRunner(
+        model.decoder,
+        pool.arena,
+        pool.kv,
+        model.facts.device,
+        sampler.last_tokens,
+        limits.max_num_batched_tokens,
+        limits.max_num_seqs,
+    )
+
+
+def _graph_sizes(config: EngineConfig, device: torch.device) -> list[int]:
+    if device.type != "cuda" or config.enforce_eager:
+        return []
+    return graph_sizes(config.scheduler.max_num_seqs)
 
 
 def _describe(
@@ -82,11 +112,11 @@ def _describe(
 ) -> EngineInfo:
     return EngineInfo(
         model_id=config.model.model_id,
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.facts.device),
+        dtype=str(model.facts.dtype).removeprefix("torch."),
         max_model_len=max_model_len,
-        vocab_size=model.config.vocab_size,
-        eos_token_ids=model.config.eos_token_ids,
+        vocab_size=model.facts.config.vocab_size,
+        eos_token_ids=model.facts.config.eos_token_ids,
         pool_bytes=pool_bytes,
         weight_bytes=model.weight_bytes,
         tokens_per_chunk=geometry.tokens_per_chunk,
@@ -96,19 +126,35 @@ def _describe(
 
 
 def _warm_up(pool: MemoryPool, runner: ModelRunner, sampler: Sampler) -> None:
-    """Run every kernel once, so that no client waits for them to be compiled (1.7 s on an H100)."""
+    """Run a prefill and a decode, so that no client waits for what happens once."""
     slot = pool.open_slot(3)
     if slot is None:
         return
-    request = GenerateRequest("warm-up", (0, 0), SamplingParams(max_tokens=2, top_p=0.9))
-    seq = Sequence(request, seed=0, arrival_s=0.0, slot=slot)
+    params = SamplingParams(max_tokens=2, top_p=0.9)
     for start, tokens in ((0, (0, 0)), (2, (0,))):
         if pool.reserve([(slot, start + len(tokens))], len(tokens), 1):
-            piece = Piece(request.request_id, slot, start, tokens, samples=True)
+            piece = Piece("warm-up", slot, start, tokens, samples=True)
             logits = runner.run(StepPlan(0, (piece,), num_decodes=int(len(tokens) == 1)))
-            sampler.sample(logits, [seq])
+            sampler.launch(logits, [SampleRow(slot, params, 0, 0, ((0,), ()))]).wait()
     runner.synchronize()
     pool.close_slot(slot)
+
+
+def _capture_graphs(
+    pool: MemoryPool, runner: ModelRunner, sizes: Specs[int], clock: Callable[[], float]
+) -> None:
+    """Record a step of decodes for every size whose buffers the pool can back; the rest runs eagerly."""
+    started = clock()
+    fitting = [size for size in sizes if pool.room_for_kv(size, size) >= 0]
+    if not fitting or not pool.reserve([], fitting[-1], fitting[-1]):
+        return
+    free, _ = torch.cuda.mem_get_info()
+    runner.capture(tqdm(fitting[::-1], desc="capturing CUDA graphs", unit="graph", disable=None))
+    used = free - torch.cuda.mem_get_info()[0]
+    logger.info(
+        "captured %d CUDA graphs of 1 to %d decodes in %.1f s; they hold %.0f MiB",
+        len(fitting), fitting[-1], clock() - started, used / MIB,
+    )  # fmt: skip
 
 
 def make_driver(device: torch.device, chunk_bytes: int, memory: MemoryConfig) -> tuple[VirtualMemory, int]:
@@ -138,13 +184,13 @@ def make_driver(device: torch.device, chunk_bytes: int, memory: MemoryConfig) ->
     return HostVirtualMemory(chunk_bytes, nbytes // chunk_bytes), nbytes // chunk_bytes
 
 
-def _geometry(model: LoadedModel, memory: MemoryConfig) -> KvGeometry:
-    on_gpu = model.device.type == "cuda"
+def _geometry(facts: ModelFacts, memory: MemoryConfig) -> KvGeometry:
+    on_gpu = facts.device.type == "cuda"
     return KvGeometry.choose(
-        model.config.num_layers,
-        model.config.num_kv_heads,
-        model.config.head_dim,
-        model.dtype.itemsize,
+        facts.config.num_layers,
+        facts.config.num_kv_heads,
+        facts.config.head_dim,
+        facts.dtype.itemsize,
         memory.chunk_bytes or (_GPU_CHUNK_BYTES if on_gpu else _CPU_CHUNK_BYTES),
         memory.layers_per_group,
         min_tokens=128 if on_gpu else 64,  # no tiles on a CPU; smaller chunks waste less

@@ -108,6 +108,8 @@ class EngineConfig:
         max_model_len: longest sequence, prompt and output together; None is the model's own limit,
             or what fits the pool if that is less.
         num_threads: CPU threads of torch; None leaves torch's own choice.
+        enforce_eager: launch every kernel from Python instead of replaying CUDA graphs. Slower; shows
+            in a profile or a stack trace where something happens.
     """
 
     model: ModelSource
@@ -116,3 +118,4 @@ class EngineConfig:
     device: Device = "cpu"
     max_model_len: int | None = None
     num_threads: int | None = None
+    enforce_eager: bool = False

@@ -2,6 +2,10 @@
 
     step = apply orders -> schedule -> reserve -> run -> sample -> commit -> publish
 
+On a GPU the first five are done for one step while the device still computes the step before, whose
+tokens are then committed: the device always has work waiting, and the host's part costs no time. What a
+step needs of the tokens not read yet, it finds on the device.
+
 `submit` and `cancel` may be called from any thread: they leave a note that the next step reads
 first. Nothing else writes to sequences, slots or chunks.
 """
@@ -14,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,9 +32,8 @@ from engine.messages import (
     GenerateRequest,
     StepPlan,
     TokenDelta,
-    TokenLogprobs,
 )
-from engine.model.sampler import Sampled
+from engine.model.sampler import Sampled, SampleRow
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
 
@@ -45,17 +49,49 @@ class Runner(Protocol):
     """Computes a plan's logits; `engine.model.runner.ModelRunner` is the real one."""
 
     def run(self, plan: StepPlan) -> torch.Tensor:
-        """Logits (rows that sample, vocabulary)."""
+        """Start a step. Logits (rows that sample, or more, vocabulary)."""
+
+    def fence(self) -> Callable[[], None]:
+        """A function that waits until everything started so far has finished."""
 
     def synchronize(self) -> None:
         """Wait until the device has finished everything that `run` started."""
 
 
+class PendingTokens(Protocol):
+    """Tokens on their way from the device."""
+
+    def wait(self) -> list[Sampled]:
+        """One result a row, once the device has them."""
+
+
 class TokenSampler(Protocol):
     """Chooses tokens; `engine.model.sampler.Sampler` is the real one."""
 
-    def sample(self, logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> list[Sampled]:
-        """One result a row."""
+    def launch(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> PendingTokens:
+        """Start choosing a token for each row; does not wait for the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step in flight.
+
+    Attributes:
+        sequences: those it chooses a token for, in the order of `tokens`.
+    """
+
+    step: int
+    sequences: list[EngineSequence]
+    tokens: PendingTokens | None
+    wait: Callable[[], None] | None
+
+    def results(self) -> list[Sampled]:
+        """Wait for the step; what it chose."""
+        if self.tokens is not None:
+            return self.tokens.wait()
+        if self.wait is not None:
+            self.wait()
+        return []
 
 
 class Engine:
@@ -67,9 +103,11 @@ class Engine:
         pool, scheduler, runner, sampler: the parts, already wired to one another.
         publish: receives every delta, in the engine's thread; must be quick.
         clock: seconds that never go back.
+        steps_ahead: steps to launch before the tokens of a running one have been read: 1 keeps a GPU
+            busy; 0 where the host computes the step itself.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of an engine, made elsewhere
         self,
         config: EngineConfig,
         info: EngineInfo,
@@ -79,6 +117,7 @@ class Engine:
         sampler: TokenSampler,
         publish: Publish,
         clock: Callable[[], float] = time.monotonic,
+        steps_ahead: int = 0,
     ) -> None:
         self.info = info
         self._config = config
@@ -88,6 +127,8 @@ class Engine:
         self._sampler = sampler
         self._publish = publish
         self._clock = clock
+        self._steps_ahead = steps_ahead
+        self._in_flight: deque[_Launched] = deque()
         self._inbox: deque[GenerateRequest | str] = deque()
         self._wake = threading.Event()
         self._door = threading.Lock()  # nobody may slip in while the loop says goodbye to the rest
@@ -154,19 +195,18 @@ class Engine:
         self._publish([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost + queued])
 
     def step(self) -> bool:
-        """One step; False if there was nothing to do."""
+        """One turn: launch a step, and commit those that need not run any longer; False if idle."""
         started = self._clock()
         busy = self._apply_orders()
         if self._num_steps % _ASK_AGAIN_STEPS == 0:
             self._pool.chunks.ask_again()
         plan = self._schedule_and_reserve()
-        if plan is None:
+        if plan is not None:
+            self._launch(plan)
+        elif not self._in_flight:
             self.snapshot = self._take_snapshot()
             return busy
-        sampled = self._run(plan)
-        if sampled is not None:
-            self._publish_all(self._scheduler.commit(plan, sampled))
-        self._num_steps += 1
+        self._complete_all(but=self._steps_ahead if plan is not None else 0)
         self._last_step_s = self._clock() - started
         self.snapshot = self._take_snapshot()
         return True
@@ -205,39 +245,65 @@ class Engine:
             if self._pool.reserve(growth, plan.num_tokens, plan.num_rows):
                 self._pool.launched(plan.step)
                 return plan
-            if self._pool.chunks.total == total:
+            if self._in_flight:
+                self._complete_all(but=0)  # what they read is counted as room, and can be had once they end
+            elif self._pool.chunks.total == total:
                 newest = self._scheduler.latest([piece.request_id for piece in plan.pieces])
                 self._fail(newest, "the device refused to map memory")
 
     def _is_stuck(self) -> bool:
         """Whether somebody waits although nothing runs that could free memory for them."""
-        return bool(self._scheduler.unfinished()) and self._pool.chunks.num_retiring == 0
+        waits = bool(self._scheduler.unfinished()) and not self._in_flight
+        return waits and self._pool.chunks.num_retiring == 0
 
-    def _run(self, plan: StepPlan) -> dict[str, tuple[int, TokenLogprobs | None]] | None:
-        """Compute and sample; None if the device ran out of memory for temporaries."""
-        rows = [piece.request_id for piece in plan.pieces if piece.samples]
-        sequences = [seq for request_id in rows if (seq := self._scheduler.get(request_id)) is not None]
+    def _launch(self, plan: StepPlan) -> None:
+        """Start computing and sampling a reserved plan."""
+        sequences = [self._scheduler.get(piece.request_id) for piece in plan.pieces if piece.samples]
+        rows = [_sample_row(seq) for seq in sequences if seq is not None]
         try:
             logits = self._runner.run(plan)
-            sampled = self._sampler.sample(logits, sequences) if sequences else []
+            tokens = self._sampler.launch(logits, rows) if rows else None
+            wait = None if rows else self._runner.fence()
         except torch.OutOfMemoryError as error:
-            # Temporaries outside the pool did not fit. What the step wrote to KV is written again
-            # with the same values, so only the newest request pays.
-            self._runner.synchronize()
-            self._pool.finished(plan.step)
-            newest = self._scheduler.latest([piece.request_id for piece in plan.pieces])
-            self._fail(newest, f"the device ran out of memory: {error}")
-            return None
-        if not sequences:
-            self._runner.synchronize()  # a step that samples has already waited for its tokens
+            self._give_up(plan, error)
+            return
+        self._in_flight.append(_Launched(plan.step, self._scheduler.launched(plan), tokens, wait))
+
+    def _give_up(self, plan: StepPlan, error: Exception) -> None:
+        """A step whose temporaries, outside the pool, did not fit: only the newest request pays.
+
+        What the step wrote to KV is written again with the same values. What it may have left in the
+        sampler is not: those sequences are told to it anew.
+        """
+        self._runner.synchronize()
+        self._complete_all(but=0)
         self._pool.finished(plan.step)
-        results = {}
-        for seq, one in zip(sequences, sampled, strict=True):
+        requests = [piece.request_id for piece in plan.pieces if self._scheduler.get(piece.request_id)]
+        for request_id in requests:
+            if (seq := self._scheduler.get(request_id)) is not None:
+                seq.is_new_to_slot = True
+        if requests:
+            self._fail(self._scheduler.latest(requests), f"the device ran out of memory: {error}")
+
+    def _complete_all(self, but: int) -> None:
+        """Wait for steps in flight and commit them, the oldest first, until `but` are left."""
+        while len(self._in_flight) > but:
+            launched = self._in_flight.popleft()
+            results = launched.results()
+            self._pool.finished(launched.step)
+            self._num_steps += 1
+            self._commit(launched.sequences, results)
+
+    def _commit(self, sequences: Sequence[EngineSequence], results: Sequence[Sampled]) -> None:
+        deltas = []
+        for seq, one in zip(sequences, results, strict=True):
             if one.error is None:
-                results[seq.request_id] = (one.token_id, one.logprobs)
-            else:
+                delta = self._scheduler.commit(seq, one.token_id, one.logprobs)
+                if delta is not None:
+                    deltas.append(delta)
+            elif self._scheduler.get(seq.request_id) is seq:
                 self._fail(seq, one.error)
-        return results
+        self._publish_all(deltas)
 
     def _fail(self, seq: EngineSequence, message: str) -> None:
         logger.warning("request %s failed: %s", seq.request_id, message)
@@ -269,6 +335,13 @@ class Engine:
             last_step_s=self._last_step_s,
             memory=self._pool.snapshot(),
         )
+
+
+def _sample_row(seq: EngineSequence) -> SampleRow:
+    if seq.slot is None:
+        raise ValueError(f"sequence {seq.request_id} is in a step and holds no slot")
+    history = (seq.prompt_token_ids, tuple(seq.output_token_ids)) if seq.is_new_to_slot else None
+    return SampleRow(seq.slot, seq.sampling, seq.seed, seq.num_outputs, history)
 
 
 def _failed(request_id: str, message: str) -> TokenDelta:

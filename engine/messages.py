@@ -99,6 +99,9 @@ class GenerateRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
+PENDING_TOKEN = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Tokens of one sequence that one step computes.
@@ -106,6 +109,8 @@ class Piece:
     Attributes:
         slot: the KV slot of the sequence.
         start: position of the first token, which is also how many tokens the slot already holds.
+        token_ids: PENDING_TOKEN stands for the one that the step before chose for this slot: it is on
+            the device, and the host has not read it yet.
         samples: whether the logits of the last token choose the sequence's next one.
     """
 

@@ -124,24 +124,32 @@ class Scheduler:
         self._num_steps += 1
         return self._plan(draft), draft.growth
 
-    def commit(self, plan: StepPlan, tokens: dict[str, tuple[int, TokenLogprobs | None]]) -> list[TokenDelta]:
-        """Write a finished step's results back; the deltas to publish.
+    def launched(self, plan: StepPlan) -> list[Sequence]:
+        """Count a step that has been launched as done; the sequences it chooses tokens for, in its order.
 
-        Args:
-            tokens: the chosen token of each piece that samples, by request id. Sequences that have
-                ended since the plan was made are passed over.
+        The next step may be scheduled on top of it before the host has read a single token.
         """
-        deltas = []
+        sampling = []
         for piece in plan.pieces:
-            seq = self._by_id.get(piece.request_id)
-            if seq is None:
-                continue
+            seq = self._by_id[piece.request_id]
             seq.num_computed += len(piece.token_ids)
             if piece.samples:
+                seq.num_in_flight += 1
+                seq.is_new_to_slot = False
                 if seq.state is State.PREFILLING:
                     seq.move(State.RUNNING)
-                deltas.append(self._append(seq, *tokens[piece.request_id]))
-        return deltas
+                sampling.append(seq)
+        return sampling
+
+    def commit(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenDelta | None:
+        """Write the token of a finished step back; the delta to publish.
+
+        None if the sequence ended while the step was in flight: whatever it chose is not said.
+        """
+        if self._by_id.get(seq.request_id) is not seq:  # its id may belong to another request by now
+            return None
+        seq.num_in_flight -= 1
+        return self._append(seq, token, logprobs)
 
     def finish(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> TokenDelta:
         """End a sequence now, whatever its state, and take its memory back."""
@@ -166,7 +174,7 @@ class Scheduler:
     def _add_running(self, draft: Draft) -> bool:
         """One token for every running sequence; whether somebody was preempted for it."""
         preempted = False
-        for seq in [s for s in self._active if s.state is State.RUNNING]:
+        for seq in [s for s in self._active if s.state is State.RUNNING and not self._is_complete(s)]:
             while seq.state is State.RUNNING and not draft.try_add(seq, 1):
                 self.preempt(self._active[-1])  # never one already in the draft: those arrived earlier
                 preempted = True
@@ -195,6 +203,8 @@ class Scheduler:
             and draft.num_tokens < self._config.max_num_batched_tokens
         ):
             seq = self._waiting[0]
+            if seq.num_in_flight:  # preempted a moment ago, and what to compute again is not known yet
+                return
             need = self._pool.kv.geometry.chunks_for(min(seq.num_tokens + 1, self._max_model_len))
             if need + (watermark if self._active else 0) > draft.room(1) - self._promised(draft):
                 return
@@ -250,9 +260,14 @@ class Scheduler:
         sampling = seq.sampling
         if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             return "stop"
-        if len(seq.output_token_ids) >= sampling.max_tokens or seq.num_tokens >= self._max_model_len:
+        num_known = seq.num_tokens - seq.num_in_flight
+        if len(seq.output_token_ids) >= sampling.max_tokens or num_known >= self._max_model_len:
             return "length"
         return None
+
+    def _is_complete(self, seq: Sequence) -> bool:
+        """Whether the tokens in flight are its last ones, whatever they turn out to be."""
+        return seq.num_outputs >= seq.sampling.max_tokens or seq.num_tokens >= self._max_model_len
 
     def _remove(self, seq: Sequence) -> None:
         if seq.slot is None:
@@ -267,6 +282,7 @@ class Scheduler:
         self._pool.close_slot(_slot(seq))
         seq.slot = None
         seq.num_computed = 0
+        seq.is_new_to_slot = True
 
 
 def _age(seq: Sequence) -> tuple[float, str]:

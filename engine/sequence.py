@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from engine.messages import GenerateRequest, SamplingParams
+from engine.messages import PENDING_TOKEN, GenerateRequest, SamplingParams
 
 
 class State(Enum):
@@ -33,7 +33,9 @@ class Sequence:
         seed: of its random draws; fixed at birth, so that a preempted sequence repeats itself.
         arrival_s: the engine's clock at submission.
         slot: its KV slot while it has one.
-        num_computed: tokens whose KV is in the slot.
+        num_computed: tokens whose KV is in the slot once every launched step has finished.
+        num_in_flight: tokens that launched steps choose and the host has not read yet.
+        is_new_to_slot: the slot holds nothing of this sequence for the sampler to go on from.
         num_preemptions: how often its KV was dropped to make room.
     """
 
@@ -44,6 +46,8 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     num_computed: int = 0
+    num_in_flight: int = 0
+    is_new_to_slot: bool = True
     num_preemptions: int = 0
 
     @property
@@ -59,16 +63,23 @@ class Sequence:
         return self.request.prompt_token_ids
 
     @property
+    def num_outputs(self) -> int:
+        """Output tokens, those in flight included."""
+        return len(self.output_token_ids) + self.num_in_flight
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens known so far: prompt and output."""
-        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+        """Prompt and output, tokens in flight included."""
+        return len(self.request.prompt_token_ids) + self.num_outputs
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """Known tokens at positions start .. end - 1, across prompt and output."""
+        """Tokens at positions start .. end - 1 of prompt and output; PENDING_TOKEN for those in flight."""
         prompt = self.request.prompt_token_ids
+        known = len(prompt) + len(self.output_token_ids)
+        pending = (PENDING_TOKEN,) * max(0, end - max(start, known))
         if start >= len(prompt):
-            return tuple(self.output_token_ids[start - len(prompt) : end - len(prompt)])
-        return prompt[start:end] + tuple(self.output_token_ids[: max(0, end - len(prompt))])
+            return (*self.output_token_ids[start - len(prompt) : end - len(prompt)], *pending)
+        return (*prompt[start:end], *self.output_token_ids[: max(0, end - len(prompt))], *pending)
 
     def move(self, to: State) -> None:
         """Enter another state; an illegal move is a bug and raises ValueError."""

@@ -7,18 +7,32 @@ from typing import Protocol, cast
 
 import torch
 
+from kernels.sampling_record import Filters
+
 
 class Kernels(Protocol):
     """The functions of `kernels.reference`, which documents them."""
 
-    def kv_write(
+    def rotary_and_kv_write(
         self,
-        kv: torch.Tensor,
+        q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        first_rows: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
         positions: torch.Tensor,
+        kv: torch.Tensor,
+        first_rows: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
     ) -> None: ...
+
+    def decode_workspace_floats(
+        self, max_batch: int, query_heads: int, kv_heads: int, head_dim: int
+    ) -> int: ...
+
+    def decode_plan(self, kv: torch.Tensor, context_lens: torch.Tensor, workspace: torch.Tensor) -> None: ...
 
     def decode_attention(
         self,
@@ -26,8 +40,8 @@ class Kernels(Protocol):
         kv: torch.Tensor,
         first_rows: torch.Tensor,
         context_lens: torch.Tensor,
-        max_context_len: int,
         scale: float,
+        workspace: torch.Tensor,
         out: torch.Tensor,
     ) -> torch.Tensor: ...
 
@@ -51,11 +65,31 @@ class Kernels(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
     ) -> torch.Tensor: ...
 
-    def rotary(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
-    ) -> None: ...
-
     def silu_and_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor: ...
+
+    def sampling_workspace(
+        self, num_rows: int, vocab_size: int, device: torch.device
+    ) -> tuple[torch.Tensor, ...]: ...
+
+    def adjust_logits(
+        self,
+        logits: torch.Tensor,
+        records: torch.Tensor,
+        edits: torch.Tensor,
+        counts: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor: ...
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        records: torch.Tensor,
+        filters: Filters,
+        counts: torch.Tensor,
+        last_tokens: torch.Tensor,
+        results: torch.Tensor,
+        workspace: tuple[torch.Tensor, ...],
+    ) -> None: ...
 
 
 def for_device(device: torch.device) -> Kernels:

@@ -1,12 +1,19 @@
-"""Attention of one new token a sequence: split over the KV, then reduced.
+"""Attention of one new token a sequence, its work divided on the device and evenly.
 
-The query heads of a group share one tile, so K and V are read once. A long context is split over
-several programs, whose partial results a second kernel joins; how many is a plain argument, so that
-nothing is compiled anew when batch or context grow. Semantics: `kernels.reference.decode_attention`.
+The KV tiles of all sequences, one sequence after another, are cut into equal spans; a team of programs,
+one a KV head, walks each. Lengths decide where spans begin, so that a CUDA graph captured once serves
+every later step, and one long sequence among short ones keeps no program waiting. A sequence that lies in
+several spans leaves partial results in the workspace, which a second kernel joins: a program that
+waited for the others' parts and joined them itself took longer.
+
+The query heads of a group share one tile, so K and V are read once. The KV heads of a token lie side
+by side in the pool and are read at the same time, by the programs of a team.
+Semantics: `kernels.reference`. Planning is `kernels.decode_plan`'s.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,25 +21,19 @@ import triton
 import triton.language as tl
 
 from kernels.checks import require, require_index, require_launchable, require_like, require_pool
-from kernels.kv_tile import LOG2_E, attend_tile, count_tiles, fitting_stages, tile_shape, widens_operands
+from kernels.decode_plan import divide, require_workspace
+from kernels.kv_tile import LOG2_E, attend_tile, count_tiles, fitting_stages, widens_operands
 
-_TILE_BYTES = 16 * 1024  # three stages of K and V are 96 KiB: two programs share an SM
-_MIN_SPLIT_TOKENS = 256  # below it, joining costs more than the parallel reads gain
-_MAX_SPLIT_TOKENS = 4096  # above it, one long sequence of a large batch outlasts the others
-_PROGRAMS_PER_SM = 4
-_MAX_PROGRAMS = 16384  # bounds the partial results: 32 MiB at four heads a group of 128
+_FEW_PARTS = 4
+_JOIN_ELEMENTS = 4096  # partial results that a warp loads at once: 128 registers a thread
 
 
-@triton.jit(
-    do_not_specialize=["num_splits"],
-    do_not_specialize_on_alignment=["first_rows_ptr", "context_lens_ptr"],
-)
+@triton.jit(do_not_specialize_on_alignment=["first_rows_ptr", "context_lens_ptr"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     kv_ptr,
     out_ptr,
-    partial_ptr,
-    stats_ptr,
+    workspace_ptr,
     first_rows_ptr,
     context_lens_ptr,
     scale_log2,
@@ -44,102 +45,107 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     kv_head_stride,
     out_token_stride,
     out_head_stride,
-    num_splits,
+    NUM_TEAMS: tl.constexpr,
+    PLAN_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TOKENS_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    IS_EVEN: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
     WIDENS: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    sequence = tl.program_id(2).to(tl.int64)
-    context_len = tl.load(context_lens_ptr + sequence)
-    num_tiles = count_tiles(context_len, TOKENS_PER_ROW, BLOCK_N)
-    tiles_per_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, MIN_TILES)
-    begin = split * tiles_per_split
-    if begin >= num_tiles:
+    kv_heads = tl.num_programs(0)
+    team = tl.program_id(1)
+    plan_ptr = workspace_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    # All four at once: behind the branch, two of them would wait for the others.
+    span_end = tl.load(plan_ptr)
+    span = tl.load(plan_ptr + 1)
+    sequence = tl.load(plan_ptr + 2 + team * 3).to(tl.int64)
+    start = tl.load(plan_ptr + 3 + team * 3)
+    position = team * span
+    if position >= span_end:
         return
-    end = tl.minimum(begin + tiles_per_split, num_tiles)
-    num_full = context_len // BLOCK_N if IS_EVEN else 0
-    full_end = tl.maximum(begin, tl.minimum(end, num_full))
+    span_end = tl.minimum(position + span, span_end)
 
     members = tl.arange(0, BLOCK_M)
     heads = kv_head * GROUP + members
     dims = tl.arange(0, BLOCK_D)
     mask = (members < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    q_ptrs = q_ptr + sequence * q_token_stride + (heads * q_head_stride)[:, None] + dims[None, :]
-    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    q_ptrs = q_ptr + (heads * q_head_stride)[:, None] + dims[None, :]
     row_stride = kv_row_stride.to(tl.int64)
-    k_base = kv_ptr + tl.load(first_rows_ptr + sequence) * row_stride + kv_head * kv_head_stride
+    context_len = tl.load(context_lens_ptr + sequence)
+    first_row = tl.load(first_rows_ptr + sequence)
+    q = tl.load(q_ptrs + sequence * q_token_stride, mask=mask, other=0.0)
+    while position < span_end:
+        num_tiles = count_tiles(context_len, TOKENS_PER_ROW, BLOCK_N)
+        # Asked for a sequence ahead: while every program reads KV, an answer takes microseconds.
+        goes_on = start + num_tiles < span_end
+        next_len = tl.load(context_lens_ptr + sequence + 1, mask=goes_on, other=0)
+        next_row = tl.load(first_rows_ptr + sequence + 1, mask=goes_on, other=0)
+        next_mask = mask & (members < tl.where(goes_on, GROUP, 0))[:, None]
+        next_q = tl.load(q_ptrs + (sequence + 1) * q_token_stride, mask=next_mask, other=0.0)
+        k_base = kv_ptr + first_row * row_stride + kv_head * kv_head_stride
+        begin = position - start
+        end = tl.minimum(num_tiles, span_end - start)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    positions = context_len - 1 + tl.zeros([BLOCK_M], dtype=tl.int32)
-    for tile in range(begin, full_end):
-        acc, top, total = attend_tile(
-            acc, top, total, q, positions, k_base, row_stride, kv_value_stride, kv_token_stride, tile,
-            context_len, scale_log2, HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, False, WIDENS,
-        )  # fmt: skip
-    for tile in range(full_end, end):
-        acc, top, total = attend_tile(
-            acc, top, total, q, positions, k_base, row_stride, kv_value_stride, kv_token_stride, tile,
-            context_len, scale_log2, HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, True, WIDENS,
-        )  # fmt: skip
+        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        positions = context_len - 1 + tl.zeros([BLOCK_M], dtype=tl.int32)
+        # Masked throughout: a loop of its own for whole tiles was no faster.
+        for tile in range(begin, end):
+            acc, top, total = attend_tile(
+                acc, top, total, q, positions, k_base, row_stride, kv_value_stride, kv_token_stride, tile,
+                context_len, scale_log2, HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, True, WIDENS,
+            )  # fmt: skip
 
-    if IS_SPLIT:
-        num_heads = tl.num_programs(0) * GROUP
-        parts = (sequence * num_heads + heads) * num_splits + split
-        tl.store(partial_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], acc, mask=mask)
-        tl.store(stats_ptr + parts * 2, top, mask=members < GROUP)
-        tl.store(stats_ptr + parts * 2 + 1, total, mask=members < GROUP)
-    else:
-        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-        out_ptrs = out_ptr + sequence * out_token_stride + (heads * out_head_stride)[:, None] + dims[None, :]
-        tl.store(out_ptrs, out, mask=mask)
+        if (begin == 0) & (end == num_tiles):
+            out = (acc / tl.where(total > 0.0, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
+            out_ptrs = out_ptr + sequence * out_token_stride + (heads * out_head_stride)[:, None]
+            tl.store(out_ptrs + dims[None, :], out, mask=mask)
+        else:
+            # Part 0 of a team goes on with a sequence of the team before, part 1 is left to the next.
+            parts = ((team * 2 + tl.where(begin == 0, 1, 0)) * kv_heads + kv_head) * GROUP + members
+            partial_ptr = workspace_ptr + PLAN_SIZE
+            stats_ptr = partial_ptr + NUM_TEAMS * 2 * kv_heads * GROUP * HEAD_DIM
+            tl.store(partial_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], acc, mask=mask)
+            tl.store(stats_ptr + parts * 2, top, mask=members < GROUP)
+            tl.store(stats_ptr + parts * 2 + 1, total, mask=members < GROUP)
+        position = start + end
+        start += num_tiles
+        sequence += 1
+        context_len = next_len
+        first_row = next_row
+        q = next_q
 
 
-@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["context_lens_ptr"])
-def _reduce_kernel(  # type: ignore[no-untyped-def]
-    out_ptr,
+@triton.jit
+def _join_parts(  # type: ignore[no-untyped-def]
     partial_ptr,
     stats_ptr,
-    context_lens_ptr,
-    out_token_stride,
-    out_head_stride,
-    num_splits,
+    team,
+    num_parts,
+    head,
+    num_heads,
     HEAD_DIM: tl.constexpr,
-    TOKENS_PER_ROW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    num_tiles = count_tiles(tl.load(context_lens_ptr + sequence), TOKENS_PER_ROW, BLOCK_N)
-    tiles_per_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, MIN_TILES)
-    num_written = (num_tiles + tiles_per_split - 1) // tiles_per_split
-    first_part = (sequence * tl.num_programs(0) + head) * num_splits
-
+    """The attention (BLOCK_D,) of a head from the parts that `team` and those after it left."""
     dims = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     top = float("-inf")
     total = 0.0
-    for first in range(0, num_written, BLOCK_SPLITS):
-        splits = first + tl.arange(0, BLOCK_SPLITS)
-        is_written = splits < num_written
-        parts = first_part + splits
-        tops = tl.load(stats_ptr + parts * 2, mask=is_written, other=float("-inf"))
-        totals = tl.load(stats_ptr + parts * 2 + 1, mask=is_written, other=0.0)
-        part_ptrs = partial_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :]
-        mask = is_written[:, None] & (dims < HEAD_DIM)[None, :]
+    for first in range(0, num_parts, BLOCK_PARTS):
+        parts = first + tl.arange(0, BLOCK_PARTS)
+        is_part = parts < num_parts
+        places = ((team + parts) * 2 + tl.where(parts == 0, 1, 0)) * num_heads + head
+        tops = tl.load(stats_ptr + places * 2, mask=is_part, other=float("-inf"))
+        totals = tl.load(stats_ptr + places * 2 + 1, mask=is_part, other=0.0)
+        part_ptrs = partial_ptr + (places * HEAD_DIM)[:, None] + dims[None, :]
+        mask = is_part[:, None] & (dims < HEAD_DIM)[None, :]
         partial = tl.load(part_ptrs, mask=mask, other=0.0)
         new_top = tl.maximum(top, tl.max(tops, 0))
         shrink = tl.exp2(top - new_top)
@@ -147,8 +153,104 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
         acc = acc * shrink + tl.sum(partial * weights[:, None], 0)
         total = total * shrink + tl.sum(totals * weights, 0)
         top = new_top
+    return acc / total
+
+
+@triton.jit
+def _join_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    workspace_ptr,
+    out_token_stride,
+    out_head_stride,
+    NUM_TEAMS: tl.constexpr,
+    PLAN_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FEW_PARTS: tl.constexpr,
+    MANY_PARTS: tl.constexpr,
+):
+    head = tl.program_id(0)
+    num_heads = tl.num_programs(0)
+    team = tl.program_id(1)
+    plan_ptr = workspace_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    num_tiles = tl.load(plan_ptr)
+    span = tl.load(plan_ptr + 1)
+    # The sequence that the next team begins in: this team's to join if it is the first to have read of it.
+    sequence = tl.load(plan_ptr + 5 + team * 3).to(tl.int64)
+    start = tl.load(plan_ptr + 6 + team * 3)
+    end = tl.load(plan_ptr + 7 + team * 3)
+    boundary = (team + 1) * span
+    if (boundary >= num_tiles) | (start >= boundary) | (start < boundary - span):
+        return
+    num_parts = (end - 1) // span - team + 1
+    partial_ptr = workspace_ptr + PLAN_SIZE
+    stats_ptr = partial_ptr + NUM_TEAMS * 2 * num_heads * HEAD_DIM
+    dims = tl.arange(0, BLOCK_D)
     out_ptrs = out_ptr + sequence * out_token_stride + head * out_head_stride + dims
-    tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    # In a large batch most have two parts; one long sequence has one of nearly every team.
+    if num_parts <= FEW_PARTS:
+        out = _join_parts(
+            partial_ptr, stats_ptr, team, num_parts, head, num_heads, HEAD_DIM, BLOCK_D, FEW_PARTS
+        )
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    else:
+        out = _join_parts(
+            partial_ptr, stats_ptr, team, num_parts, head, num_heads, HEAD_DIM, BLOCK_D, MANY_PARTS
+        )
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What a launch needs besides tensors and strides; the same for every layer and step."""
+
+    workspace_floats: int
+    decode_grid: tuple[int, int]
+    decode_settings: dict[str, int]
+    join_grid: tuple[int, int]
+    join_settings: dict[str, int]
+
+
+@cache
+def _launch(
+    query_heads: int,
+    kv_heads: int,
+    tokens_per_row: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Launch:
+    group = query_heads // kv_heads
+    division = divide(kv_heads, tokens_per_row, head_dim, dtype, device)
+    tile, num_teams = division.tile, division.num_teams
+    block_m = max(16, triton.next_power_of_2(group))
+    common = {
+        "NUM_TEAMS": num_teams,
+        "PLAN_SIZE": division.plan_size,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": tile.block_dim,
+    }
+    return _Launch(
+        workspace_floats=division.workspace_floats(group),
+        decode_grid=(kv_heads, num_teams),
+        decode_settings={
+            **common,
+            "GROUP": group,
+            "TOKENS_PER_ROW": tokens_per_row,
+            "BLOCK_M": block_m,
+            "BLOCK_N": tile.block_tokens,
+            "WIDENS": widens_operands(dtype),
+            "num_warps": 4,
+            "num_stages": fitting_stages(tile, block_m, dtype.itemsize, device),
+        },
+        join_grid=(query_heads, num_teams - 1),
+        join_settings={
+            **common,
+            "FEW_PARTS": _FEW_PARTS,
+            "MANY_PARTS": max(2 * _FEW_PARTS, _JOIN_ELEMENTS // tile.block_dim),
+            "num_warps": 1,  # H100, 8 x 512: 8.7 us in all, 9.4 with two, 10.9 with four
+        },
+    )
 
 
 def decode_attention(
@@ -156,67 +258,25 @@ def decode_attention(
     kv: torch.Tensor,
     first_rows: torch.Tensor,
     context_lens: torch.Tensor,
-    max_context_len: int,
     scale: float,
+    workspace: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """See `kernels.reference.decode_attention`. Raises ValueError naming an argument that is wrong.
-
-    Between kernels it holds (head_dim + 2) float32 a query head and split, 33 MiB at most for four
-    query heads of 128 a KV head.
-    """
-    _check(q, kv, first_rows, context_lens, max_context_len, out)
+    """See `kernels.reference.decode_attention`. Raises ValueError naming an argument that is wrong."""
+    _check(q, kv, first_rows, context_lens, out)
     batch, query_heads, head_dim = q.shape
-    tokens_per_row, kv_heads = kv.shape[2:4]
     if batch == 0:
         return out
-    group = query_heads // kv_heads
-    tile = tile_shape(tokens_per_row, head_dim, q.element_size(), 64, _TILE_BYTES)
-    min_tiles = max(1, _MIN_SPLIT_TOKENS // tile.block_tokens)
-    block_m = max(16, triton.next_power_of_2(group))
-    num_splits = plan_splits(batch * kv_heads, max_context_len, _num_sms(q.device))
-    is_split = num_splits > 1
-    partial = torch.empty(
-        (batch * query_heads * num_splits, head_dim) if is_split else (0, head_dim),
-        dtype=torch.float32, device=q.device,
+    launch = _launch(query_heads, kv.shape[3], kv.shape[2], head_dim, q.dtype, q.device)
+    require_workspace(workspace, launch.workspace_floats, q)
+    out_strides = out.stride(0), out.stride(1)
+    _decode_kernel[launch.decode_grid](
+        q, kv, out, workspace, first_rows, context_lens, scale * LOG2_E,
+        q.stride(0), q.stride(1), *kv.stride()[:4], *out_strides, **launch.decode_settings,
     )  # fmt: skip
-    stats = torch.empty((partial.shape[0], 2), dtype=torch.float32, device=q.device)
-    _decode_kernel[(kv_heads, num_splits, batch)](
-        q, kv, out, partial, stats, first_rows, context_lens, scale * LOG2_E,
-        q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3),
-        out.stride(0), out.stride(1), num_splits,
-        GROUP=group, HEAD_DIM=head_dim, TOKENS_PER_ROW=tokens_per_row,
-        BLOCK_M=block_m, BLOCK_N=tile.block_tokens,
-        BLOCK_D=tile.block_dim, MIN_TILES=min_tiles, IS_EVEN=tile.is_even, IS_SPLIT=is_split,
-        WIDENS=widens_operands(q.dtype), num_warps=4,
-        num_stages=fitting_stages(tile, block_m, q.element_size(), q.device),
-    )  # fmt: skip
-    if is_split:
-        _reduce_kernel[(query_heads, batch)](
-            out, partial, stats, context_lens, out.stride(0), out.stride(1), num_splits,
-            HEAD_DIM=head_dim, TOKENS_PER_ROW=tokens_per_row, BLOCK_N=tile.block_tokens,
-            BLOCK_D=tile.block_dim, BLOCK_SPLITS=16, MIN_TILES=min_tiles, num_warps=4,
-        )  # fmt: skip
+    if launch.join_grid[1]:
+        _join_kernel[launch.join_grid](out, workspace, *out_strides, **launch.join_settings)
     return out
-
-
-def plan_splits(num_heads: int, max_context_len: int, num_sms: int) -> int:
-    """Parts to cut the longest context into, for `num_heads` KV heads over the whole batch.
-
-    Enough to fill the GPU, and to keep a part short when one context is long; shorter contexts use
-    fewer of them. Depends on no value that lives on the GPU.
-    """
-    to_fill = -(-_PROGRAMS_PER_SM * num_sms // num_heads)
-    to_balance = -(-max_context_len // _MAX_SPLIT_TOKENS)
-    useful = max_context_len // _MIN_SPLIT_TOKENS
-    return max(1, min(max(to_fill, to_balance), useful, _MAX_PROGRAMS // num_heads))
-
-
-@cache
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 32  # interpreted: a small GPU's, so that contexts are split there too
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(
@@ -224,7 +284,6 @@ def _check(
     kv: torch.Tensor,
     first_rows: torch.Tensor,
     context_lens: torch.Tensor,
-    max_context_len: int,
     out: torch.Tensor,
 ) -> None:
     require(q.dim() == 3, "q", "of shape (sequences, query_heads, head_dim)")
@@ -236,4 +295,3 @@ def _check(
     require_like("out", out, tuple(q.shape), q)
     require_index("first_rows", first_rows, q.shape[0], torch.int64, q)
     require_index("context_lens", context_lens, q.shape[0], torch.int32, q)
-    require(max_context_len >= 1, "max_context_len", "at least 1")

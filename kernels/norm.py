@@ -93,7 +93,7 @@ def add_rms_norm(
 
 
 def _num_warps(block_w: int) -> int:
-    return min(8, max(4, block_w // 1024))
+    return min(16, max(4, block_w // 512))
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,5 +1,8 @@
 """Causal attention of new tokens over paged-free KV: many sequences of any length in one launch.
 
+On Hopper GPUs, for the inputs that `kernels.prefill_hopper` names, its kernel serves; here is that choice
+and the kernel for everything else, in plain Triton.
+
 A tile's rows are (token, query head of the group) pairs, so that one read of K and V serves the whole
 group and group sizes need not be powers of two. Semantics: `kernels.reference.prefill_attention`.
 """
@@ -12,9 +15,10 @@ import triton.language as tl
 
 from kernels.checks import require, require_index, require_launchable, require_like, require_pool
 from kernels.kv_tile import LOG2_E, attend_tile, count_tiles, fitting_stages, tile_shape, widens_operands
+from kernels.prefill_hopper import hopper_pool, prefill_attention_hopper
 
-# H100, Llama-3.1-8B's heads, 16k tokens: 128 x 128 tiles in three stages by eight warps 527 TFLOP/s,
-# 128 x 64 484; four warps and two stages 429.
+# Of the portable kernel. H100, Llama-3.1-8B's heads, 16k tokens: 128 x 128 tiles in three stages by eight
+# warps 527 TFLOP/s, 128 x 64 484; four warps and two stages 429.
 _TILE_BYTES = 32 * 1024
 _WIDE_TILE_BYTES = 16 * 1024  # float32 products run on registers, which larger tiles would spill
 
@@ -106,18 +110,35 @@ def prefill_attention(
 ) -> torch.Tensor:
     """See `kernels.reference.prefill_attention`. Raises ValueError naming an argument that is wrong."""
     _check(q, kv, query_starts, first_rows, context_lens, max_query_len, out)
+    if q.shape[0] == 0 or first_rows.numel() == 0:
+        return out
+    pool = hopper_pool(q, kv, out)
+    if pool is None:
+        _prefill_portable(q, kv, query_starts, first_rows, context_lens, max_query_len, scale, out)
+    else:
+        prefill_attention_hopper(pool, q, query_starts, first_rows, context_lens, scale, out)
+    return out
+
+
+def _prefill_portable(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    query_starts: torch.Tensor,
+    first_rows: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
     query_heads, head_dim = q.shape[1:]
     tokens_per_row, kv_heads = kv.shape[2:4]
-    num_sequences = first_rows.numel()
-    if q.shape[0] == 0 or num_sequences == 0:
-        return out
     group = query_heads // kv_heads
     is_wide = q.element_size() > 2
     tile = tile_shape(
         tokens_per_row, head_dim, q.element_size(), 128, _WIDE_TILE_BYTES if is_wide else _TILE_BYTES
     )
     block_m = _block_m(tile.block_dim, is_wide)
-    grid = (triton.cdiv(max_query_len * group, block_m), kv_heads, num_sequences)
+    grid = (triton.cdiv(max_query_len * group, block_m), kv_heads, first_rows.numel())
     _prefill_kernel[grid](
         q, kv, out, query_starts, first_rows, context_lens, scale * LOG2_E,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3),
@@ -127,7 +148,6 @@ def prefill_attention(
         WIDENS=widens_operands(q.dtype), num_warps=8,
         num_stages=fitting_stages(tile, block_m, q.element_size(), q.device),
     )  # fmt: skip
-    return out
 
 
 def _block_m(block_dim: int, is_wide: bool) -> int:

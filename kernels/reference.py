@@ -21,18 +21,49 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.sampling_reference import adjust_logits as adjust_logits
+from kernels.sampling_reference import sample as sample
+from kernels.sampling_reference import sampling_workspace as sampling_workspace
 
-def kv_write(
-    kv: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_rows: torch.Tensor, positions: torch.Tensor
+
+def rotary_and_kv_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv: torch.Tensor,
+    first_rows: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
 ) -> None:
-    """Write new keys and values into the pool.
+    """Norm and rotate queries in place, keys likewise into the pool, and write the values beside them.
+
+    Rotation turns the pairs (i, i + head_dim / 2), as Llama's checkpoints expect, in float32. What a norm
+    gives is rounded to the tensor's type first, as `rms_norm` does.
 
     Args:
-        kv: (rows, 2, T, kv_heads, head_dim), written in place.
-        k, v: (tokens, kv_heads, head_dim), any stride over tokens.
-        first_rows: (tokens,) int64, the first row of each token's sequence.
+        q: (tokens, query_heads, head_dim), head_dim even, any stride over tokens; changed in place.
+        k, v: (tokens, kv_heads, head_dim), any stride over tokens. `k` is left undefined.
+        cos, sin: (max positions, head_dim / 2) float32.
         positions: (tokens,) int64, each token's position in its sequence.
+        kv: written at each token's position.
+        first_rows: (tokens,) int64, the first row of each token's sequence.
+        q_norm, k_norm: (head_dim,), the weights of an RMS norm over each head; None is no norm.
+        eps: of both norms.
     """
+    if q_norm is not None:
+        rms_norm(q, q_norm, eps, q)
+    if k_norm is not None:
+        rms_norm(k, k_norm, eps, k)
+    c, s = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
+    for x in (q, k):
+        low, high = x.chunk(2, dim=-1)
+        turned_low = (low * c).sub_(high * s)
+        high.copy_((high * c).add_(low * s))
+        low.copy_(turned_low)
     tokens_per_row = kv.shape[2]
     rows = first_rows + positions // tokens_per_row
     offsets = positions % tokens_per_row
@@ -40,28 +71,48 @@ def kv_write(
     kv[rows, 1, offsets] = v
 
 
+def decode_workspace_floats(max_batch: int, query_heads: int, kv_heads: int, head_dim: int) -> int:
+    """Elements that the workspace of `decode_plan` and `decode_attention` must have: none here."""
+    return 0
+
+
+def decode_plan(kv: torch.Tensor, context_lens: torch.Tensor, workspace: torch.Tensor) -> None:
+    """Divide the work of `decode_attention` among the GPU's programs; nothing to do here.
+
+    Once a step, before its first `decode_attention`. The plan lies in the workspace, whose bytes must
+    stay as they are until the step's last one. Reads nothing on the host: it may be captured in a graph.
+
+    Args:
+        kv: any layer's view; only its shape is looked at.
+        context_lens: (sequences,), as the step's `decode_attention` gets them.
+        workspace: at least `decode_workspace_floats` float32 elements, contiguous, of any content.
+    """
+
+
 def decode_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
     first_rows: torch.Tensor,
     context_lens: torch.Tensor,
-    max_context_len: int,
     scale: float,
+    workspace: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Attention of one new token a sequence over that sequence's KV.
 
     Args:
         q: (sequences, query_heads, head_dim), any stride over sequences.
-        context_lens: each at least 1.
-        max_context_len: at least the largest of `context_lens`; plans the work, changes no result.
+        context_lens: 0 marks a row of padding: its KV is not read and its row of `out` is undefined.
         scale: factor on the scores, usually head_dim ** -0.5.
+        workspace: as `decode_plan` left it, with these `context_lens` and these shapes.
         out: (sequences, query_heads, head_dim), written and returned.
     """
     # A sequence at a time: padding a ragged batch to its longest would copy far more KV than it has.
     shape = (q.shape[0], kv.shape[3], q.shape[1] // kv.shape[3], q.shape[2])
     grouped, result = q.view(shape), out.view(shape)
     for index, (row, context) in enumerate(zip(first_rows.tolist(), context_lens.tolist(), strict=True)):
+        if context == 0:
+            continue
         keys, values = _context(kv, row, context)
         result[index] = F.scaled_dot_product_attention(grouped[index : index + 1], keys, values, scale=scale)[
             0
@@ -140,24 +191,6 @@ def add_rms_norm(
     """residual += x, then out = rms_norm(residual). All (tokens, width); `out` may be `x`."""
     residual.add_(x)
     return rms_norm(residual, weight, eps, out)
-
-
-def rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
-) -> None:
-    """Rotate queries and keys in place: pairs (i, i + head_dim / 2), as Llama's checkpoints expect.
-
-    Args:
-        q: (tokens, query_heads, head_dim); k: (tokens, kv_heads, head_dim); any stride over tokens.
-        cos, sin: (max positions, head_dim / 2) float32.
-        positions: (tokens,) int64.
-    """
-    c, s = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
-    for x in (q, k):
-        low, high = x.chunk(2, dim=-1)
-        turned_low = (low * c).sub_(high * s)
-        high.copy_((high * c).add_(low * s))
-        low.copy_(turned_low)
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

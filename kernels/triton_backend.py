@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from kernels.activation import silu_and_mul
 from kernels.decode_attention import decode_attention
-from kernels.kv_write import kv_write
+from kernels.decode_plan import decode_plan, decode_workspace_floats
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.prefill_attention import prefill_attention
-from kernels.rotary import rotary
+from kernels.rotary_kv_write import rotary_and_kv_write
+from kernels.sampling import sample, sampling_workspace
+from kernels.sampling_adjust import adjust_logits
 
 __all__ = [
     "add_rms_norm",
+    "adjust_logits",
     "decode_attention",
-    "kv_write",
+    "decode_plan",
+    "decode_workspace_floats",
     "prefill_attention",
     "rms_norm",
-    "rotary",
+    "rotary_and_kv_write",
+    "sample",
+    "sampling_workspace",
     "silu_and_mul",
 ]

@@ -7,7 +7,7 @@ hold. A chunk that was lent away too early, mapped twice or mixed up between seq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,10 +18,9 @@ from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.pool import MemoryPool
 from engine.memory.vmm import VirtualMemory
-from engine.messages import EngineInfo, StepPlan, TokenDelta
-from engine.model.sampler import Sampled
+from engine.messages import PENDING_TOKEN, EngineInfo, StepPlan, TokenDelta
+from engine.model.sampler import Sampled, SampleRow
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence as EngineSequence
 
 VOCAB = 997
 EOS = 0
@@ -62,12 +61,21 @@ class FakeClock:
 
 
 class PatternRunner:
-    """Writes signatures to KV, and raises AssertionError if what should be there is not."""
+    """Writes signatures to KV, and raises AssertionError if what should be there is not.
+
+    Attributes:
+        last_tokens: the newest token chosen for each slot, as on a device.
+        contexts: what the sequences that sampled in the newest plan consist of, by slot.
+        names: the requests of those slots.
+    """
 
     def __init__(self, pool: MemoryPool) -> None:
         self._pool = pool
         self._told: dict[str, list[int]] = {}
         self.plans: list[StepPlan] = []
+        self.last_tokens: dict[int, int] = {}
+        self.contexts: dict[int, list[int]] = {}
+        self.names: dict[int, str] = {}
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         kv = self._pool.kv
@@ -78,14 +86,24 @@ class PatternRunner:
             del told[piece.start :]
             assert len(told) == piece.start
             self._verify(kv, piece.slot, told)
-            told.extend(piece.token_ids)
-            for position, token in enumerate(piece.token_ids, piece.start):
+            tokens = [self._known(piece.slot, token) for token in piece.token_ids]
+            told.extend(tokens)
+            for position, token in enumerate(tokens, piece.start):
                 self._write(kv, piece.slot, position, token)
         self.plans.append(plan)
+        sampling = [piece for piece in plan.pieces if piece.samples]
+        self.contexts = {piece.slot: list(self._told[piece.request_id]) for piece in sampling}
+        self.names = {piece.slot: piece.request_id for piece in sampling}
         return torch.zeros(plan.num_rows, VOCAB)
+
+    def fence(self) -> Callable[[], None]:
+        return self.synchronize
 
     def synchronize(self) -> None:
         pass
+
+    def _known(self, slot: int, token: int) -> int:
+        return self.last_tokens[slot] if token == PENDING_TOKEN else token
 
     @staticmethod
     def _where(kv: KvCache, slot: int, position: int) -> tuple[int, int]:
@@ -110,24 +128,46 @@ class PatternRunner:
             assert torch.equal(values, -want), "values are not what was written"
 
 
+class Ready:
+    """Results that are handed over once."""
+
+    def __init__(self, results: list[Sampled]) -> None:
+        self._results = results
+
+    def wait(self) -> list[Sampled]:
+        return self._results
+
+
 class PatternSampler:
     """Continues every sequence with `next_token`, or reports an error for those named in `broken`."""
 
-    def __init__(self) -> None:
+    def __init__(self, runner: PatternRunner) -> None:
+        self._runner = runner
         self.broken: set[str] = set()
 
-    def sample(self, logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> list[Sampled]:
-        assert len(logits) == len(sequences)
-        return [
-            Sampled(0, error="not finite")
-            if seq.request_id in self.broken
-            else Sampled(next_token(seq.tokens(0, seq.num_tokens)))
-            for seq in sequences
-        ]
+    def launch(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> Ready:
+        assert len(logits) == len(rows)
+        return Ready([self._one(row) for row in rows])
+
+    def _one(self, row: SampleRow) -> Sampled:
+        context = self._runner.contexts[row.slot]
+        if row.history is not None:
+            assert [*row.history[0], *row.history[1]] == context, "the sampler is told another history"
+        token = next_token(context)
+        self._runner.last_tokens[row.slot] = token
+        if self._runner.names[row.slot] in self.broken:
+            return Sampled(0, error="not finite")
+        return Sampled(token)
 
 
 class Bench:
-    """An engine of fakes over real host memory, and what it published."""
+    """An engine of fakes over real host memory, and what it published.
+
+    Attributes:
+        steps_ahead: steps launched before the one that runs has been read, unless a test says otherwise.
+    """
+
+    steps_ahead = 0
 
     def __init__(
         self,
@@ -137,6 +177,7 @@ class Bench:
         max_model_len: int = 256,
         vm: VirtualMemory | None = None,
         geometry: KvGeometry = GEOMETRY,
+        steps_ahead: int | None = None,
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         memory = memory or MemoryConfig()
@@ -156,10 +197,18 @@ class Bench:
         info = EngineInfo("pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0)
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids)
         self.runner = PatternRunner(self.pool)
-        self.sampler = PatternSampler()
+        self.sampler = PatternSampler(self.runner)
         self.deltas: dict[str, TokenDelta] = {}
         self.engine = Engine(
-            config, info, self.pool, self.scheduler, self.runner, self.sampler, self._take, FakeClock()
+            config,
+            info,
+            self.pool,
+            self.scheduler,
+            self.runner,
+            self.sampler,
+            self._take,
+            FakeClock(),
+            self.steps_ahead if steps_ahead is None else steps_ahead,
         )
 
     def _take(self, deltas: Sequence[TokenDelta]) -> None:

@@ -8,6 +8,7 @@ cache when that is short.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,21 +27,25 @@ class BufferSpec:
     """One buffer of the forward pass.
 
     Attributes:
-        width: elements a token, or a row of logits.
-        per: what the first dimension counts.
+        width: elements a token, a row of logits, or in all.
+        per: what the first dimension counts; `step` is one line whatever the step's size.
         stage: buffers of different stages share memory; None lives through the whole pass.
     """
 
     name: str
     width: int
     dtype: torch.dtype
-    per: Literal["token", "row"]
+    per: Literal["token", "row", "step"]
     stage: str | None = None
+
+    def count(self, num_tokens: int, num_rows: int) -> int:
+        """Length of the first dimension in a step of that size."""
+        return {"token": num_tokens, "row": num_rows, "step": 1}[self.per]
 
     def nbytes(self, num_tokens: int, num_rows: int) -> int:
         """Bytes of the buffer in a step of that size, aligned."""
-        count = num_tokens if self.per == "token" else num_rows
-        return -(-count * self.width * self.dtype.itemsize // _ALIGN) * _ALIGN
+        nbytes = self.count(num_tokens, num_rows) * self.width * self.dtype.itemsize
+        return -(-nbytes // _ALIGN) * _ALIGN
 
 
 def activation_bytes(specs: Sequence[BufferSpec], num_tokens: int, num_rows: int) -> int:
@@ -73,14 +78,21 @@ class ActivationArena:
         chunks: the pool.
         specs: the model's buffers.
         max_tokens, max_rows: the largest step.
+        padded_sizes: tokens and rows that a step may be filled up to, in rising order.
 
     Attributes:
         chunks_for: (tokens, rows of logits) -> chunks a step of that size needs.
     """
 
     def __init__(
-        self, chunks: ChunkPool, specs: Sequence[BufferSpec], max_tokens: int, max_rows: int
+        self,
+        chunks: ChunkPool,
+        specs: Sequence[BufferSpec],
+        max_tokens: int,
+        max_rows: int,
+        padded_sizes: Sequence[int] = (),
     ) -> None:
+        self._padded_sizes = tuple(padded_sizes)
         self._specs = tuple(specs)
         self._chunk_bytes = chunks.vm.chunk_bytes
         # A draft asks once for each sequence it adds, and the next step asks for the same sizes again:
@@ -118,11 +130,16 @@ class ActivationArena:
         return self._newest[1]
 
     def _count_chunks(self, num_tokens: int, num_rows: int) -> int:
-        return -(-activation_bytes(self._specs, num_tokens, num_rows) // self._chunk_bytes)
+        size = self._padded(num_tokens), self._padded(num_rows)
+        return -(-activation_bytes(self._specs, *size) // self._chunk_bytes)
+
+    def _padded(self, count: int) -> int:
+        at = bisect_left(self._padded_sizes, count)
+        return self._padded_sizes[at] if count and at < len(self._padded_sizes) else count
 
     def _cut(self, spec: BufferSpec, offset: int, size: tuple[int, int]) -> torch.Tensor:
         if self._bytes is None:
             self._bytes = self.tensor.view(torch.uint8)
-        count = size[0] if spec.per == "token" else size[1]
+        count = spec.count(*size)
         nbytes = count * spec.width * spec.dtype.itemsize
         return self._bytes[offset : offset + nbytes].view(spec.dtype).view(count, spec.width)

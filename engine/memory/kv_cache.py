@@ -58,6 +58,18 @@ class KvGeometry:
         """Chunks all layer groups need for one sequence of that length."""
         return self.num_groups * self.rows_for(num_tokens)
 
+    def layer_view(self, memory: torch.Tensor, num_rows: int, layer: int) -> torch.Tensor:
+        """One layer as (rows, 2, T, kv_heads, head_dim) over the memory of its group, row after row.
+
+        Args:
+            memory: at least `num_rows` chunks, flat, in the type of keys and values.
+        """
+        token = self.num_kv_heads * self.head_dim
+        half = self.tokens_per_chunk * token
+        size = (num_rows, 2, self.tokens_per_chunk, self.num_kv_heads, self.head_dim)
+        stride = (self.chunk_bytes // self.itemsize, half, token, self.head_dim, 1)
+        return memory.as_strided(size, stride, layer % self.layers_per_group * 2 * half)
+
     @classmethod
     def choose(
         cls,
@@ -142,7 +154,11 @@ class KvCache:
         self._slot_rows = [0] * num_slots
         for tensor in self.tensors:
             tensor.alias(0, guard)
-        self.layer_views = tuple(self._layer_view(layer, dtype) for layer in range(geometry.num_layers))
+        views = [tensor.view(dtype) for tensor in self.tensors]
+        self.layer_views = tuple(
+            geometry.layer_view(views[layer // geometry.layers_per_group], num_rows, layer)
+            for layer in range(geometry.num_layers)
+        )
 
     def first_row(self, slot: int) -> int:
         """The row of the slot's token 0, in every layer group."""
@@ -176,13 +192,3 @@ class KvCache:
         for tensor in self.tensors:
             tensor.drop(range(first, first + self._slot_rows[slot]))
         self._slot_rows[slot] = 0
-
-    def _layer_view(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
-        """One layer as (rows, 2, T, kv_heads, head_dim) over the whole range of its group."""
-        g = self.geometry
-        group, index = divmod(layer, g.layers_per_group)
-        token = g.num_kv_heads * g.head_dim
-        half = g.tokens_per_chunk * token
-        size = (self.tensors[group].num_rows, 2, g.tokens_per_chunk, g.num_kv_heads, g.head_dim)
-        stride = (g.chunk_bytes // g.itemsize, half, token, g.head_dim, 1)
-        return self.tensors[group].view(dtype).as_strided(size, stride, index * 2 * half)

@@ -37,6 +37,7 @@ class MemoryPool:
         max_model_len: tokens of the longest sequence.
         max_step_tokens: tokens of the largest step.
         dtype: of keys and values.
+        padded_sizes: tokens and rows that a step may be filled up to (CUDA graphs have fixed sizes).
     """
 
     def __init__(  # noqa: PLR0913 - every argument is a fact of another owner
@@ -50,13 +51,14 @@ class MemoryPool:
         max_model_len: int,
         max_step_tokens: int,
         dtype: torch.dtype,
+        padded_sizes: Sequence[int] = (),
     ) -> None:
         self._vm = vm
         self._mode = mode
         self.chunks = ChunkPool(vm, total)
         if mode == "static":
             self.chunks.create_all()
-        self.arena = ActivationArena(self.chunks, specs, max_step_tokens, num_slots)
+        self.arena = ActivationArena(self.chunks, specs, max_step_tokens, num_slots, padded_sizes)
         guard = self._take_or_raise(1, "guard")[0]
         self.kv = KvCache(self.chunks, geometry, num_slots, max_model_len, dtype, guard)
         self.kv.layer_views[0][0].zero_()

@@ -23,6 +23,8 @@ class Batch:
 
     Attributes:
         input_ids, positions: (tokens,) int64.
+        pending_slots, is_pending: (num_decodes,) int64 and bool: the decodes whose token is still only
+            on the device, and the slots it was chosen for.
         token_first_rows: (tokens,) int64, the first KV row of each token's sequence.
         num_decodes: leading tokens that are pieces of their own.
         decode_first_rows: (num_decodes,) int64.
@@ -30,21 +32,23 @@ class Batch:
         query_starts: (prefills + 1,) int32, where each prefill piece begins among the prefill tokens.
         prefill_first_rows: (prefills,) int64.
         prefill_context_lens: (prefills,) int32, with the new tokens.
-        sample_indices: (rows,) int64, the tokens whose logits are wanted.
+        max_query_len: tokens of the longest prefill piece.
+        sample_indices: (rows,) int64, the tokens whose logits are wanted; None is all of them.
     """
 
     input_ids: torch.Tensor
+    pending_slots: torch.Tensor
+    is_pending: torch.Tensor
     positions: torch.Tensor
     token_first_rows: torch.Tensor
     num_decodes: int
     decode_first_rows: torch.Tensor
     decode_context_lens: torch.Tensor
-    max_decode_context: int
     query_starts: torch.Tensor
     prefill_first_rows: torch.Tensor
     prefill_context_lens: torch.Tensor
     max_query_len: int
-    sample_indices: torch.Tensor
+    sample_indices: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class _Views:
     v: torch.Tensor
     attention: torch.Tensor
     attention_heads: torch.Tensor
+    workspace: torch.Tensor
     gate_up: torch.Tensor
     activated: torch.Tensor
 
@@ -102,6 +107,8 @@ class Decoder:
         """
         kernels, eps = self._kernels, self.config.rms_norm_eps
         views = self._views(buffers)
+        if batch.num_decodes:
+            kernels.decode_plan(kv_layers[0], batch.decode_context_lens, views.workspace)
         torch.index_select(self._weights.embedding, 0, batch.input_ids, out=views.residual)
         kernels.rms_norm(views.residual, self._first_norm, eps, out=views.hidden)
         for layer, kv, next_norm in zip(self._weights.layers, kv_layers, self._next_norms, strict=True):
@@ -111,27 +118,36 @@ class Decoder:
             kernels.silu_and_mul(views.gate_up, out=views.activated)
             layer.down(views.activated, views.hidden)
             kernels.add_rms_norm(views.hidden, views.residual, next_norm, eps, out=views.hidden)
-        sampled, logits = buffers["sampled_hidden"], buffers["logits"]
-        torch.index_select(views.hidden, 0, batch.sample_indices, out=sampled)
-        return self._weights.lm_head(sampled, logits)
+        sampled = views.hidden
+        if batch.sample_indices is not None:
+            sampled = torch.index_select(views.hidden, 0, batch.sample_indices, out=buffers["sampled_hidden"])
+        return self._weights.lm_head(sampled, buffers["logits"])
 
     def _attend(self, layer: LayerWeights, batch: Batch, kv: torch.Tensor, views: _Views) -> None:
         kernels, eps, split = self._kernels, self.config.rms_norm_eps, batch.num_decodes
         q, out = views.q, views.attention_heads
         layer.qkv(views.hidden, views.qkv)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            kernels.rms_norm(q, layer.q_norm, eps, out=q)
-            kernels.rms_norm(views.k, layer.k_norm, eps, out=views.k)
-        kernels.rotary(q, views.k, self._cos, self._sin, batch.positions)
-        kernels.kv_write(kv, views.k, views.v, batch.token_first_rows, batch.positions)
+        kernels.rotary_and_kv_write(
+            q,
+            views.k,
+            views.v,
+            self._cos,
+            self._sin,
+            batch.positions,
+            kv,
+            batch.token_first_rows,
+            layer.q_norm,
+            layer.k_norm,
+            eps,
+        )
         if split:
             kernels.decode_attention(
                 q[:split],
                 kv,
                 batch.decode_first_rows,
                 batch.decode_context_lens,
-                batch.max_decode_context,
                 self._scale,
+                views.workspace,
                 out=out[:split],
             )
         if split < q.shape[0]:
@@ -162,6 +178,7 @@ class Decoder:
             v=v.view(kv_shape),
             attention=attention,
             attention_heads=attention.view(q_shape),
+            workspace=buffers["workspace"].view(-1),
             gate_up=buffers["gate_up"],
             activated=buffers["activated"],
         )

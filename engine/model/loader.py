@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,24 @@ from engine.errors import ConfigError
 from engine.model.config import ModelConfig, SourceKind, load_model_config, source_kind
 from engine.model.decoder import Decoder
 from engine.model.weights import load_weights
-from kernels.backend import for_device
+from kernels.backend import Kernels, for_device
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model before its weights are there.
+
+    Attributes:
+        kernels: the implementation for the device.
+        dtype: of the weights, the activations and the KV cache.
+        max_positions: positions to prepare for.
+    """
+
+    config: ModelConfig
+    kernels: Kernels
+    device: torch.device
+    dtype: torch.dtype
+    max_positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,36 +36,43 @@ class LoadedModel:
     """A model on its device.
 
     Attributes:
-        dtype: of the weights, the activations and the KV cache.
         weight_bytes: memory of the weights.
-        load_s: seconds it took.
     """
 
-    config: ModelConfig
+    facts: ModelFacts
     decoder: Decoder
-    device: torch.device
-    dtype: torch.dtype
     weight_bytes: int
-    load_s: float
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Load the model an engine is configured for. Sets torch's number of threads if that is configured.
+def read_model(config: EngineConfig) -> ModelFacts:
+    """The facts of the model an engine is configured for. Sets torch's number of threads if configured.
 
     Raises:
-        ModelLoadError: the model cannot be loaded from its source.
+        ModelLoadError: nothing readable is there, or the model is not supported.
         ConfigError: there is no such device, or `max_model_len` is more than the model can do.
     """
-    started = time.perf_counter()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = _device(config)
     model = load_model_config(config.model)
-    max_positions = _max_positions(config, model)
     dtype = _dtype(config.model, model, device)
-    weights = load_weights(config.model, model, device, dtype)
-    decoder = Decoder(model, weights, for_device(device), max_positions)
-    return LoadedModel(model, decoder, device, dtype, weights.num_bytes, time.perf_counter() - started)
+    return ModelFacts(model, for_device(device), device, dtype, _max_positions(config, model))
+
+
+def load_model(config: EngineConfig, facts: ModelFacts | None = None) -> LoadedModel:
+    """Load the model an engine is configured for.
+
+    Args:
+        facts: what `read_model` found; None reads them here.
+
+    Raises:
+        ModelLoadError: the model cannot be loaded from its source.
+        ConfigError: as `read_model`.
+    """
+    facts = facts or read_model(config)
+    weights = load_weights(config.model, facts.config, facts.device, facts.dtype)
+    decoder = Decoder(facts.config, weights, facts.kernels, facts.max_positions)
+    return LoadedModel(facts, decoder, weights.num_bytes)
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,32 +12,9 @@ import torch
 from engine.build import build_engine
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from engine.messages import GenerateRequest, SamplingParams, TokenDelta
+from tests.bench.models import write_llama_8b
 
 pytestmark = pytest.mark.gpu
-
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "torch_dtype": "bfloat16",
-    "eos_token_id": [128001, 128009],
-    "tie_word_embeddings": False,
-}
 
 
 class Collector:
@@ -73,12 +49,11 @@ def test_the_demo_model_knows_the_capital_of_france(demo_model_path: Path, dtype
 
 @pytest.mark.timeout(600)
 def test_llama_8b_shape_serves_64_requests(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     collector = Collector()
     started = time.perf_counter()
     engine = build_engine(
         EngineConfig(
-            ModelSource("llama-8b", str(tmp_path), load_format="dummy"),
+            ModelSource("llama-8b", str(write_llama_8b(tmp_path)), load_format="dummy"),
             scheduler=SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=4096),
             device="cuda",
         ),

@@ -38,16 +38,18 @@ def main(name: str) -> None:
     rows = torch.cat([torch.full((length,), row) for length, row in zip(LENGTHS, FIRST_ROWS, strict=True)])
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
     k, v = torch.randn(2, len(rows), HEADS, DIM)
-    kernels.kv_write(kv, k, v, rows, positions)
-
     q = torch.randn(len(rows), 2 * HEADS, DIM)
+    cos, sin = torch.ones(max(LENGTHS), DIM // 2), torch.zeros(max(LENGTHS), DIM // 2)  # turns nothing
+    kernels.rotary_and_kv_write(q, k, v, cos, sin, positions, kv, rows, None, None, 0.0)
     starts = torch.tensor([0, *LENGTHS]).cumsum(0)
     last = starts[1:] - 1
     prefilled = kernels.prefill_attention(
         q, kv, starts.int(), first_rows, context_lens, max(LENGTHS), 0.2, poisoned_like(q)
     )
+    workspace = torch.empty(kernels.decode_workspace_floats(len(LENGTHS), 2 * HEADS, HEADS, DIM))
+    kernels.decode_plan(kv, context_lens, workspace)
     decoded = kernels.decode_attention(
-        q[last], kv, first_rows, context_lens, max(LENGTHS), 0.2, poisoned_like(q[last])
+        q[last], kv, first_rows, context_lens, 0.2, workspace, poisoned_like(q[last])
     )
     for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         expected = oracle.attention(q[begin:end], k[begin:end], v[begin:end], 0.2)

@@ -25,13 +25,31 @@ def indices(device: torch.device, length: int, dtype: torch.dtype) -> torch.Tens
     return torch.ones(length, dtype=dtype, device=device)
 
 
-def kv_write(device: torch.device) -> dict[str, Any]:
+def rotary_and_kv_write(device: torch.device) -> dict[str, Any]:
     return {
-        "kv": tensor(device, 4, 2, T, KV_HEADS, DIM),
+        "q": tensor(device, TOKENS, HEADS, DIM),
         "k": tensor(device, TOKENS, KV_HEADS, DIM),
         "v": tensor(device, TOKENS, KV_HEADS, DIM),
-        "first_rows": indices(device, TOKENS, torch.int64),
+        "cos": tensor(device, 8, DIM // 2),
+        "sin": tensor(device, 8, DIM // 2),
         "positions": indices(device, TOKENS, torch.int64),
+        "kv": tensor(device, 4, 2, T, KV_HEADS, DIM),
+        "first_rows": indices(device, TOKENS, torch.int64),
+        "q_norm": tensor(device, DIM),
+        "k_norm": tensor(device, DIM),
+        "eps": 1e-5,
+    }
+
+
+def workspace(device: torch.device) -> torch.Tensor:
+    return tensor(device, triton_backend.decode_workspace_floats(TOKENS, HEADS, KV_HEADS, DIM))
+
+
+def decode_plan(device: torch.device) -> dict[str, Any]:
+    return {
+        "kv": tensor(device, 4, 2, T, KV_HEADS, DIM),
+        "context_lens": indices(device, TOKENS, torch.int32),
+        "workspace": workspace(device),
     }
 
 
@@ -41,15 +59,15 @@ def decode_attention(device: torch.device) -> dict[str, Any]:
         "kv": tensor(device, 4, 2, T, KV_HEADS, DIM),
         "first_rows": indices(device, TOKENS, torch.int64),
         "context_lens": indices(device, TOKENS, torch.int32),
-        "max_context_len": 1,
         "scale": 1.0,
+        "workspace": workspace(device),
         "out": tensor(device, TOKENS, HEADS, DIM),
     }
 
 
 def prefill_attention(device: torch.device) -> dict[str, Any]:
     arguments = decode_attention(device)
-    del arguments["max_context_len"]
+    del arguments["workspace"]
     starts = torch.arange(TOKENS + 1, dtype=torch.int32, device=device)
     return {**arguments, "query_starts": starts, "max_query_len": 1}
 
@@ -65,16 +83,6 @@ def rms_norm(device: torch.device) -> dict[str, Any]:
 
 def add_rms_norm(device: torch.device) -> dict[str, Any]:
     return {**rms_norm(device), "residual": tensor(device, TOKENS, 64)}
-
-
-def rotary(device: torch.device) -> dict[str, Any]:
-    return {
-        "q": tensor(device, TOKENS, HEADS, DIM),
-        "k": tensor(device, TOKENS, KV_HEADS, DIM),
-        "cos": tensor(device, 8, DIM // 2),
-        "sin": tensor(device, 8, DIM // 2),
-        "positions": indices(device, TOKENS, torch.int64),
-    }
 
 
 def silu_and_mul(device: torch.device) -> dict[str, Any]:
@@ -109,19 +117,42 @@ def spread(x: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(2, dim=-1)[..., ::2]
 
 
+def few(x: torch.Tensor) -> torch.Tensor:
+    return x[:8]
+
+
+def column(x: torch.Tensor) -> torch.Tensor:
+    return x[:, None]
+
+
 def fewer_heads(x: torch.Tensor) -> torch.Tensor:
     return x[:, : HEADS - 1]
 
 
 CASES: list[tuple[Make, str, Callable[[Any], Any]]] = [
-    *((kv_write, name, fault) for name in ("k", "v") for fault in (half, narrower, spread, flat)),
-    *((kv_write, name, fault) for name in ("first_rows", "positions") for fault in (int32, shorter, spread)),
+    *((rotary_and_kv_write, "q", fault) for fault in (flat, spread)),
+    *((rotary_and_kv_write, name, fault) for name in ("k", "v") for fault in (half, narrower, spread, flat)),
+    *(
+        (rotary_and_kv_write, name, fault)
+        for name in ("cos", "sin")
+        for fault in (half, flat, narrower, spread)
+    ),
+    *((rotary_and_kv_write, "kv", fault) for fault in (half, flat, narrower, spread)),
+    *((rotary_and_kv_write, name, fault) for name in ("q_norm", "k_norm") for fault in (shorter, spread)),
+    *(
+        (rotary_and_kv_write, name, fault)
+        for name in ("first_rows", "positions")
+        for fault in (int32, shorter, spread)
+    ),
+    *((decode_plan, "kv", fault) for fault in (flat, spread)),
+    *((decode_plan, "context_lens", fault) for fault in (int64, spread)),
+    *((decode_plan, "workspace", fault) for fault in (half, few, spread, column)),
+    *((decode_attention, "workspace", fault) for fault in (half, shorter, spread, column)),
     *((decode_attention, "q", fault) for fault in (flat, spread, fewer_heads)),
     *((decode_attention, "kv", fault) for fault in (half, flat, narrower, spread)),
     *((decode_attention, "first_rows", fault) for fault in (int32, shorter, spread)),
     *((decode_attention, "context_lens", fault) for fault in (int64, shorter, spread)),
     *((decode_attention, "out", fault) for fault in (half, shorter, narrower, spread)),
-    (decode_attention, "max_context_len", lambda _: 0),
     *((prefill_attention, "q", fault) for fault in (flat, spread, fewer_heads)),
     *((prefill_attention, "kv", fault) for fault in (half, flat, narrower, spread)),
     *((prefill_attention, "first_rows", fault) for fault in (int32, spread)),
@@ -133,10 +164,6 @@ CASES: list[tuple[Make, str, Callable[[Any], Any]]] = [
     *((make, "weight", fault) for make in (rms_norm, add_rms_norm) for fault in (shorter, spread)),
     *((make, "out", fault) for make in (rms_norm, add_rms_norm) for fault in (half, shorter, spread)),
     *((add_rms_norm, "residual", fault) for fault in (half, shorter, spread)),
-    *((rotary, "q", fault) for fault in (flat, spread)),
-    *((rotary, "k", fault) for fault in (flat, half, shorter, narrower, spread)),
-    *((rotary, name, fault) for name in ("cos", "sin") for fault in (half, flat, narrower, spread)),
-    *((rotary, "positions", fault) for fault in (int32, shorter, spread)),
     *((silu_and_mul, "gate_up", fault) for fault in (shorter, narrower, spread)),
     *((silu_and_mul, "out", fault) for fault in (flat, half, spread)),
 ]
@@ -159,7 +186,16 @@ def test_the_wrong_argument_is_named(
 
 
 @pytest.mark.parametrize(
-    "make", [kv_write, decode_attention, prefill_attention, rms_norm, add_rms_norm, rotary, silu_and_mul]
+    "make",
+    [
+        rotary_and_kv_write,
+        decode_plan,
+        decode_attention,
+        prefill_attention,
+        rms_norm,
+        add_rms_norm,
+        silu_and_mul,
+    ],
 )
 def test_a_cpu_tensor_needs_the_interpreter(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs.runtime, "interpret", False)

@@ -84,9 +84,9 @@ class PlainArena:
         self._specs = specs
 
     def buffers(self, num_tokens: int, num_rows: int) -> dict[str, torch.Tensor]:
-        counts = {"token": num_tokens, "row": num_rows}
+        size = num_tokens, num_rows
         return {
-            spec.name: torch.full((counts[spec.per], spec.width), float("nan"), dtype=spec.dtype)
+            spec.name: torch.full((spec.count(*size), spec.width), float("nan"), dtype=spec.dtype)
             for spec in self._specs
         }
 
@@ -105,7 +105,8 @@ class ScrambledKv:
 
 
 def make_runner(decoder: Decoder, specs: tuple[BufferSpec, ...], kv: ScrambledKv) -> ModelRunner:
-    return ModelRunner(decoder, PlainArena(specs), kv, torch.device("cpu"))
+    last_tokens = torch.zeros(8, dtype=torch.int64)
+    return ModelRunner(decoder, PlainArena(specs), kv, torch.device("cpu"), last_tokens, 512, 8)
 
 
 def piece(slot: int, tokens: list[int], start: int, end: int, samples: bool = True) -> Piece:

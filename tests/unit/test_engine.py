@@ -11,8 +11,15 @@ import torch
 from engine.config import MemoryConfig, SchedulerConfig
 from engine.errors import DriverError, EngineDeadError, OverloadedError, RequestError
 from engine.memory.host_vmm import HostVirtualMemory
-from engine.messages import GenerateRequest, SamplingParams
+from engine.messages import PENDING_TOKEN, GenerateRequest, SamplingParams
 from tests.fakes import CHUNK_BYTES, VOCAB, Bench, answer
+
+
+@pytest.fixture(autouse=True, params=[0, 1])
+def steps_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every test runs with tokens read back before the next step starts, and after."""
+    monkeypatch.setattr(Bench, "steps_ahead", request.param)
+    return int(request.param)
 
 
 def _request(name: str, prompt_len: int, max_tokens: int, **sampling: object) -> GenerateRequest:
@@ -96,6 +103,63 @@ def test_a_cancel_frees_memory_within_one_step() -> None:
     bench.engine.step()
     assert bench.engine.snapshot.memory.kv == 0
     bench.assert_idle()
+
+
+def test_the_next_step_is_launched_before_the_tokens_of_this_one_are_read(steps_ahead: int) -> None:
+    bench = Bench()
+    request = _request("a", 5, 4)
+    bench.engine.submit(request)
+    bench.engine.step()
+    assert len(bench.runner.plans) == 1
+    assert bool(bench.deltas) == (steps_ahead == 0)
+    bench.engine.step()
+    assert len(bench.runner.plans) == 2
+    pending = bench.runner.plans[1].pieces[0].token_ids == (PENDING_TOKEN,)
+    assert pending == (steps_ahead == 1)
+    bench.run()
+    assert len(bench.runner.plans) == 4, "the last token is known to be the last: no step is wasted"
+    _expect(bench, request)
+
+
+def test_a_sequence_that_stops_is_computed_once_more_at_most_and_says_nothing_more(steps_ahead: int) -> None:
+    bench = Bench()
+    plain = _request("plain", 5, 20)
+    said = answer(plain.prompt_token_ids, 20)
+    request = GenerateRequest("stops", plain.prompt_token_ids, SamplingParams(20, stop_token_ids=(said[6],)))
+    bench.engine.submit(request)
+    bench.run()
+    assert bench.deltas["stops"].token_ids == said[:7]
+    assert len(bench.runner.plans) == 7 + steps_ahead
+    bench.assert_idle()
+
+
+def test_an_id_used_again_at_once_gets_its_own_tokens() -> None:
+    """The step in flight may still hold a token for the request that had the id before."""
+    bench = Bench()
+    bench.engine.submit(_request("a", 40, 50))
+    for _ in range(4):
+        bench.engine.step()
+    bench.engine.cancel("a")
+    bench.engine.step()
+    assert bench.deltas.pop("a").finish_reason == "cancelled"
+    again = GenerateRequest("a", (5, 6, 7), SamplingParams(max_tokens=9))
+    bench.engine.submit(again)
+    bench.run()
+    _expect(bench, again)
+    bench.assert_idle()
+
+
+def test_what_is_in_flight_when_a_sequence_is_preempted_is_said(steps_ahead: int) -> None:
+    """Tight pools preempt while tokens are in flight; they are neither lost nor said twice."""
+    for total in range(24, 44):
+        bench = Bench(total, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32))
+        requests = [_request(f"r{i}", 3 + 7 * i, 60 + i) for i in range(6)]
+        for request in requests:
+            bench.engine.submit(request)
+        bench.run()
+        for request in requests:
+            _expect(bench, request)
+        bench.assert_idle()
 
 
 def test_cancelling_an_unknown_or_ended_request_is_harmless() -> None:

@@ -36,8 +36,10 @@ def expected(reference: Any, tokens: list[int]) -> torch.Tensor:
 
 
 def runner_of(model: LoadedModel) -> ModelRunner:
-    kv = ScrambledKv(model.config, (2, 0, 3, 1), slot_tokens=64, tokens_per_row=TOKENS_PER_ROW)
-    return make_runner(model.decoder, activation_specs(model.config, model.dtype), kv)
+    kv = ScrambledKv(model.facts.config, (2, 0, 3, 1), slot_tokens=64, tokens_per_row=TOKENS_PER_ROW)
+    return make_runner(
+        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels, 8), kv
+    )
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -46,7 +48,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def test_whole_prompts_in_one_step(pair: tuple[Any, LoadedModel]) -> None:
     reference, model = pair
-    texts = prompts(model.config.vocab_size)
+    texts = prompts(model.facts.config.vocab_size)
     # A prompt of one token is a piece of one token: it comes first, as a decode.
     order = sorted(range(4), key=lambda slot: LENGTHS[slot] > 1)
     logits = runner_of(model).run(plan(*(piece(s, texts[s], 0, LENGTHS[s]) for s in order)))
@@ -55,9 +57,9 @@ def test_whole_prompts_in_one_step(pair: tuple[Any, LoadedModel]) -> None:
 
 def test_pieces_of_odd_sizes_beside_decodes(pair: tuple[Any, LoadedModel]) -> None:
     reference, model = pair
-    first, second = prompts(model.config.vocab_size)[:2]
+    first, second = prompts(model.facts.config.vocab_size)[:2]
     runner = runner_of(model)
-    assert runner.run(plan(piece(0, first, 0, 13, samples=False))).shape == (0, model.config.vocab_size)
+    assert runner.run(plan(piece(0, first, 0, 13, samples=False))).shape == (0, model.facts.config.vocab_size)
     runner.run(plan(piece(0, first, 13, 14, samples=False), piece(1, second, 0, 17, samples=False)))
     logits = runner.run(plan(piece(1, second, 17, 18), piece(0, first, 14, 37)))
     assert_close(logits[0], expected(reference, second)[17])
@@ -66,7 +68,7 @@ def test_pieces_of_odd_sizes_beside_decodes(pair: tuple[Any, LoadedModel]) -> No
 
 def test_token_by_token(pair: tuple[Any, LoadedModel]) -> None:
     reference, model = pair
-    texts = [text for text in prompts(model.config.vocab_size) if len(text) >= 16]
+    texts = [text for text in prompts(model.facts.config.vocab_size) if len(text) >= 16]
     wanted = [expected(reference, text) for text in texts]
     runner = runner_of(model)
     for at in range(16):
@@ -76,9 +78,9 @@ def test_token_by_token(pair: tuple[Any, LoadedModel]) -> None:
 
 def test_only_sampling_pieces_get_rows(pair: tuple[Any, LoadedModel]) -> None:
     reference, model = pair
-    first, second = prompts(model.config.vocab_size)[:2]
+    first, second = prompts(model.facts.config.vocab_size)[:2]
     logits = runner_of(model).run(plan(piece(0, first, 0, 20, samples=False), piece(1, second, 0, 23)))
-    assert logits.shape == (1, model.config.vocab_size)
+    assert logits.shape == (1, model.facts.config.vocab_size)
     assert_close(logits[0], expected(reference, second)[-1])
 
 
@@ -88,8 +90,10 @@ def test_more_tokens_than_one_product_takes(tmp_path: Path) -> None:
     reference.config.max_position_embeddings = 256
     model = load_model(EngineConfig(ModelSource("tiny", str(tmp_path))))
     tokens = torch.randint(0, 199, (256,), generator=torch.Generator().manual_seed(5)).tolist()
-    kv = ScrambledKv(model.config, (1, 0), slot_tokens=256, tokens_per_row=32)
-    runner = make_runner(model.decoder, activation_specs(model.config, model.dtype), kv)
+    kv = ScrambledKv(model.facts.config, (1, 0), slot_tokens=256, tokens_per_row=32)
+    runner = make_runner(
+        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels, 8), kv
+    )
     logits = runner.run(plan(piece(0, tokens, 0, 256), piece(1, tokens, 0, 200)))
     wanted = expected(reference, tokens)
     assert_close(logits, wanted[[255, 199]])
@@ -99,12 +103,14 @@ def test_more_tokens_than_one_product_takes(tmp_path: Path) -> None:
 def test_half_precision_stays_near(tmp_path: Path, dtype: Any) -> None:
     reference = save_tiny("qwen2", tmp_path)
     model = load_model(EngineConfig(ModelSource("tiny", str(tmp_path), dtype=dtype)))
-    tokens = prompts(model.config.vocab_size)[0]
-    kv = ScrambledKv(model.config, (0,), slot_tokens=64, tokens_per_row=TOKENS_PER_ROW)
-    kv.layer_views = tuple(view.to(model.dtype) for view in kv.layer_views)
-    runner = make_runner(model.decoder, activation_specs(model.config, model.dtype), kv)
+    tokens = prompts(model.facts.config.vocab_size)[0]
+    kv = ScrambledKv(model.facts.config, (0,), slot_tokens=64, tokens_per_row=TOKENS_PER_ROW)
+    kv.layer_views = tuple(view.to(model.facts.dtype) for view in kv.layer_views)
+    runner = make_runner(
+        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels, 8), kv
+    )
     logits = runner.run(plan(piece(0, tokens, 0, len(tokens))))
-    assert logits.dtype == model.dtype
+    assert logits.dtype == model.facts.dtype
     wanted = expected(reference, tokens)[-1]
     assert (logits[0].float() - wanted).norm() < 0.05 * wanted.norm()
 

@@ -36,7 +36,7 @@ def reference(demo_model_path: Path, model: LoadedModel) -> Any:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     with torch.device("meta"):
-        shell = LlamaForCausalLM(LlamaConfig(num_hidden_layers=model.config.num_layers))
+        shell = LlamaForCausalLM(LlamaConfig(num_hidden_layers=model.facts.config.num_layers))
     parsed = load_gguf_checkpoint(str(demo_model_path), return_tensors=True, model_to_load=shell)
     found = parsed["config"]
     config = LlamaConfig(**{key: value for key, value in found.items() if not key.startswith("_")})
@@ -50,12 +50,14 @@ def reference(demo_model_path: Path, model: LoadedModel) -> Any:
 
 
 def runner_of(model: LoadedModel) -> ModelRunner:
-    kv = ScrambledKv(model.config, (1, 0), slot_tokens=64, tokens_per_row=16)
-    return make_runner(model.decoder, activation_specs(model.config, model.dtype), kv)
+    kv = ScrambledKv(model.facts.config, (1, 0), slot_tokens=64, tokens_per_row=16)
+    return make_runner(
+        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels, 8), kv
+    )
 
 
 def test_configuration_is_what_transformers_reads(model: LoadedModel, reference: Any) -> None:
-    ours, theirs = model.config, reference.config
+    ours, theirs = model.facts.config, reference.config
     assert (ours.vocab_size, ours.hidden_size, ours.intermediate_size) == (49152, 576, 1536)
     assert ours.vocab_size == theirs.vocab_size
     assert ours.num_layers == theirs.num_hidden_layers
@@ -66,7 +68,7 @@ def test_configuration_is_what_transformers_reads(model: LoadedModel, reference:
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.eos_token_ids == (2,)  # <|im_end|>
-    assert model.dtype == torch.float32
+    assert model.facts.dtype == torch.float32
 
 
 def test_logits_and_greedy_tokens(model: LoadedModel, reference: Any) -> None:

@@ -1,0 +1,199 @@
+"""What a step computes, as index tensors on the device: one packed transfer a step.
+
+The host writes the plan into pinned memory, one copy takes it to the device, in the order of the
+stream, and the tensors of a `Batch` are views of what arrived. The same counts give the same
+addresses, so a CUDA graph captured over the views of a size reads every later step of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.messages import Piece, StepPlan
+from engine.model.decoder import Batch
+
+_ALIGN = 16
+_NUM_STAGES = 3  # two steps in flight and one being written
+
+_COLUMNS: tuple[tuple[str, torch.dtype, str], ...] = (
+    ("input_ids", torch.int64, "tokens"),
+    ("positions", torch.int64, "tokens"),
+    ("token_first_rows", torch.int64, "tokens"),
+    ("pending_slots", torch.int64, "decodes"),
+    ("first_rows", torch.int64, "sequences"),
+    ("sample_indices", torch.int64, "rows"),
+    ("context_lens", torch.int32, "sequences"),
+    ("query_starts", torch.int32, "starts"),
+    ("is_pending", torch.bool, "decodes"),
+)
+
+
+class Slots(Protocol):
+    """The part of `KvCache` that says where a sequence's KV begins."""
+
+    def first_row(self, slot: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many of everything a step has; padding included."""
+
+    tokens: int
+    decodes: int
+    sequences: int
+    rows: int
+
+    @property
+    def starts(self) -> int:
+        """Entries of `query_starts`."""
+        return self.sequences - self.decodes + 1
+
+
+class StepInputs:
+    """The staging of steps for one device.
+
+    Args:
+        device: where the batch goes. On a CPU nothing is copied.
+        slots: knows the KV row of a slot.
+        max_tokens, max_sequences: the largest step.
+    """
+
+    def __init__(self, device: torch.device, slots: Slots, max_tokens: int, max_sequences: int) -> None:
+        self._slots = slots
+        largest = Counts(max_tokens, max_sequences, max_sequences, max_sequences)
+        nbytes = _layout(largest)[1] + 4 * max_sequences  # of prefills: one start each
+        on_gpu = device.type == "cuda"
+        self._stages = [
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
+            for _ in range(_NUM_STAGES if on_gpu else 1)
+        ]
+        self._copied = [torch.Event(device) for _ in self._stages] if on_gpu else []
+        self._device_bytes = torch.empty(nbytes, dtype=torch.uint8, device=device) if on_gpu else None
+        self._turn = 0
+
+    def put(self, plan: StepPlan, padded: int | None = None) -> Batch:
+        """Take a plan to the device.
+
+        Args:
+            padded: for a plan of decodes only, the number of decodes to fill it up to. Padding reads
+                and writes the guard row, and its results mean nothing.
+        """
+        counts = _counts(plan, padded)
+        self._turn = (self._turn + 1) % len(self._stages)
+        stage = self._stages[self._turn]
+        if self._copied:
+            self._copied[self._turn].synchronize()
+        offsets, nbytes = _layout(counts)
+        self._write(_arrays(stage, counts), plan, counts)
+        if self._device_bytes is not None:
+            self._device_bytes[:nbytes].copy_(stage[:nbytes], non_blocking=True)
+            self._copied[self._turn].record()
+        return self._batch(self._tensors(counts), plan, counts)
+
+    def _tensors(self, counts: Counts) -> dict[str, torch.Tensor]:
+        source = self._stages[self._turn] if self._device_bytes is None else self._device_bytes
+        offsets = _layout(counts)[0]
+        return {
+            name: source[offsets[name] : offsets[name] + getattr(counts, of) * dtype.itemsize].view(dtype)
+            for name, dtype, of in _COLUMNS
+        }
+
+    def _write(self, to: dict[str, npt.NDArray[np.int64]], plan: StepPlan, counts: Counts) -> None:
+        num_decodes, num_pieces = plan.num_decodes, len(plan.pieces)
+        lengths = [len(piece.token_ids) for piece in plan.pieces]
+        rows = [self._slots.first_row(piece.slot) for piece in plan.pieces]
+        _write_decodes(to, plan.pieces[:num_decodes], rows[:num_decodes])
+        at = num_decodes
+        for piece, row, length in zip(
+            plan.pieces[num_decodes:], rows[num_decodes:], lengths[num_decodes:], strict=True
+        ):
+            end = at + length
+            to["input_ids"][at:end] = piece.token_ids
+            to["positions"][at:end] = np.arange(piece.start, piece.start + length)
+            to["token_first_rows"][at:end] = row
+            at = end
+        to["first_rows"][:num_pieces] = rows
+        to["context_lens"][:num_pieces] = [
+            piece.start + length for piece, length in zip(plan.pieces, lengths, strict=True)
+        ]
+        to["query_starts"][:] = list(accumulate(lengths[num_decodes:], initial=0))
+        ends = accumulate(lengths)
+        sampled = [end - 1 for piece, end in zip(plan.pieces, ends, strict=True) if piece.samples]
+        to["sample_indices"][: len(sampled)] = sampled
+        if counts.sequences > num_pieces:
+            _write_padding(to, num_pieces)
+
+    @staticmethod
+    def _batch(tensors: dict[str, torch.Tensor], plan: StepPlan, counts: Counts) -> Batch:
+        decodes, prefills = counts.decodes, plan.pieces[plan.num_decodes :]
+        first_rows, context_lens = tensors["first_rows"], tensors["context_lens"]
+        return Batch(
+            input_ids=tensors["input_ids"],
+            pending_slots=tensors["pending_slots"],
+            is_pending=tensors["is_pending"],
+            positions=tensors["positions"],
+            token_first_rows=tensors["token_first_rows"],
+            num_decodes=decodes,
+            decode_first_rows=first_rows[:decodes],
+            decode_context_lens=context_lens[:decodes],
+            query_starts=tensors["query_starts"],
+            prefill_first_rows=first_rows[decodes:],
+            prefill_context_lens=context_lens[decodes:],
+            max_query_len=max((len(piece.token_ids) for piece in prefills), default=0),
+            sample_indices=None if counts.rows == counts.tokens else tensors["sample_indices"],
+        )
+
+
+def _counts(plan: StepPlan, padded: int | None) -> Counts:
+    if padded is not None:
+        return Counts(padded, padded, padded, padded)
+    return Counts(plan.num_tokens, plan.num_decodes, len(plan.pieces), plan.num_rows)
+
+
+@lru_cache(maxsize=1024)
+def _layout(counts: Counts) -> tuple[dict[str, int], int]:
+    """Where each column begins, and the bytes of all of them."""
+    offsets, end = {}, 0
+    for name, dtype, of in _COLUMNS:
+        offsets[name] = end
+        end += -(-getattr(counts, of) * dtype.itemsize // _ALIGN) * _ALIGN
+    return offsets, end
+
+
+def _arrays(stage: torch.Tensor, counts: Counts) -> dict[str, npt.NDArray[np.int64]]:
+    memory, offsets = stage.numpy(), _layout(counts)[0]
+    return {
+        name: memory[offsets[name] : offsets[name] + getattr(counts, of) * dtype.itemsize].view(_NUMPY[dtype])
+        for name, dtype, of in _COLUMNS
+    }
+
+
+_NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.bool: np.bool_}
+
+
+def _write_decodes(
+    to: dict[str, npt.NDArray[np.int64]], pieces: Sequence[Piece], rows: Sequence[int]
+) -> None:
+    count = len(pieces)
+    ids = np.array([piece.token_ids[0] for piece in pieces], dtype=np.int64)
+    to["is_pending"][:count] = ids < 0
+    to["input_ids"][:count] = np.maximum(ids, 0)
+    to["positions"][:count] = [piece.start for piece in pieces]
+    to["token_first_rows"][:count] = rows
+    to["pending_slots"][:count] = [piece.slot for piece in pieces]
+
+
+def _write_padding(to: dict[str, npt.NDArray[np.int64]], begin: int) -> None:
+    """Decodes of nobody: token 0 at position 0 of the guard row, with a context of one token."""
+    for name in ("input_ids", "positions", "token_first_rows", "pending_slots", "first_rows", "is_pending"):
+        to[name][begin:] = 0
+    to["context_lens"][begin:] = 1
+    to["sample_indices"][begin:] = 0

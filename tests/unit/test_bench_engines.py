@@ -1,0 +1,238 @@
+"""What drives engines in benchmarks, with engines that need no model: the clock, the books, the tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.bench.summary import summarise
+from cluster.bench.workload import PlannedRequest, RandomPlan, Workload
+from kernels import reference
+from tests.bench import attention_kernels, engine_side_by_side, gpu_idle, gpu_kernels
+from tests.bench.attention_cases import Case, Heads, Problem
+from tests.bench.in_process import Gain, drive
+
+
+class Clock:
+    """Seconds that pass only when somebody works or sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class SteadyEngine:
+    """One token for each open request a step of one second; `fails` names a request that ends in an error."""
+
+    def __init__(self, clock: Clock, fails: str | None = None, idle: bool = False) -> None:
+        self.clock, self.fails, self.idle = clock, fails, idle
+        self.prompts: dict[str, list[int]] = {}
+        self.left: dict[str, int] = {}
+        self.gained: list[Gain] = []
+
+    def submit(self, request_id: str, prompt: list[int], output_tokens: int) -> None:
+        self.prompts[request_id], self.left[request_id] = prompt, output_tokens
+
+    def step(self) -> bool:
+        if not self.left or self.idle:
+            return False
+        self.clock.now += 1.0
+        for name in list(self.left):
+            self.left[name] -= 1
+            error = "it broke" if name == self.fails else None
+            finished = self.left[name] == 0 or error is not None
+            self.gained.append(Gain(name, 1, finished, error, self.clock.now))
+            if finished:
+                del self.left[name]
+        return True
+
+    def gains(self) -> list[Gain]:
+        gained, self.gained = self.gained, []
+        return gained
+
+
+def test_a_request_counts_from_when_it_is_due() -> None:
+    clock = Clock()
+    requests = (PlannedRequest(0.0, 1, 3), PlannedRequest(0.5, 1, 2), PlannedRequest(10.0, 1, 1))
+    records, duration_s = drive(SteadyEngine(clock), Workload("w", requests, 0), clock, clock.sleep)
+    assert [record.start_s for record in records] == [0.0, 0.5, 10.0]
+    assert records[0].delta_times_s == [1.0, 2.0, 3.0]
+    assert records[1].delta_times_s == [2.0, 3.0]  # due half-way through the first step
+    assert records[1].ttft_s == 1.5
+    assert records[2].delta_times_s == [11.0]  # the driver slept until it was due
+    assert duration_s == 11.0
+    assert summarise(records, duration_s).output_tokens == 6
+
+
+def test_prompts_are_the_workloads() -> None:
+    clock = Clock()
+    engine, workload = SteadyEngine(clock), RandomPlan(2, 7, 1, seed=9).workload("w")
+    drive(engine, workload, clock, clock.sleep)
+    assert engine.prompts == {str(i): workload.token_ids(r) for i, r in enumerate(workload.requests)}
+
+
+def test_a_failed_request_is_a_failed_record() -> None:
+    clock = Clock()
+    workload = Workload("w", (PlannedRequest(0.0, 1, 3), PlannedRequest(0.0, 1, 3)), 0)
+    records, _ = drive(SteadyEngine(clock, fails="1"), workload, clock, clock.sleep)
+    assert [record.succeeded for record in records] == [True, False]
+    assert records[1].error == "it broke"
+
+
+def test_an_engine_that_forgets_a_request_is_found_out() -> None:
+    clock = Clock()
+    with pytest.raises(RuntimeError, match="1 requests are open"):
+        drive(
+            SteadyEngine(clock, idle=True), Workload("w", (PlannedRequest(0.0, 1, 1),), 0), clock, clock.sleep
+        )
+
+
+def test_overlaps_count_once() -> None:
+    assert gpu_idle.union_length([(5, 6), (0, 2), (1, 3), (2.5, 2.75)]) == 4
+    assert gpu_idle.union_length([]) == 0
+
+
+def test_idle_share_of_a_trace() -> None:
+    def event(name: str, ts: int, dur: int, cat: str = "kernel", ph: str = "X") -> dict[str, object]:
+        return {"name": name, "ts": ts, "dur": dur, "cat": cat, "ph": ph}
+
+    trace = {
+        "traceEvents": [
+            event("gemm", 0, 400),
+            event("copy", 300, 200, cat="gpu_memcpy"),  # half of it under the product
+            event("gemm", 600, 400),
+            event("python", 0, 9000, cat="cpu_op"),
+            {"ph": "M", "name": "process_name"},
+        ]
+    }
+    idle = gpu_idle.idle_of(gpu_idle.device_events(trace), batch=4, step_ms=0.6, recorded_steps=2)
+    assert idle.recorded_idle == pytest.approx(0.1)  # 500 to 600 of 1000
+    assert idle.busy_ms_per_step == pytest.approx(0.45)
+    assert idle.unrecorded_idle == pytest.approx(0.25)
+    assert idle.kernels_per_step == 1.5
+    assert idle.kernels_ms == (("gemm", 0.4), ("copy", 0.1))
+    with pytest.raises(ValueError, match="no kernel"):
+        gpu_idle.idle_of([], 4, 1.0, 2)
+
+
+def _round(rate: float) -> dict[str, float]:
+    names = ("ttft", "tpot", "ttst")
+    figures = {f"p{p}_{name}_ms": rate + p for name in names for p in (50, 99)}
+    return figures | {"output_throughput": rate, "max_gap_ms": 9.0, "share_of_phases": 0.5, "floor_s": 2.0}
+
+
+def test_the_median_round_is_reported() -> None:
+    assert engine_side_by_side.median_round([_round(3), _round(1), _round(2)])["output_throughput"] == 2
+    assert engine_side_by_side.median_round([_round(3), _round(1)])["output_throughput"] == 1
+
+
+def test_side_by_side_table_and_line() -> None:
+    results = {
+        "ballonet": {"ready_s": 20.0, "rounds": {"w": [_round(300.0)]}, "gpu": "H100", "commit": "abc"},
+        "vllm": {"ready_s": 75.0, "rounds": {"w": [_round(200.0)]}, "versions": {"vllm": "0.26.0"}},
+    }
+    text = engine_side_by_side.table(results)
+    assert "1.500" in text
+    assert "start to ready: ballonet 20.0 s, vllm 75.0 s" in text
+    line = json.loads(json.dumps(engine_side_by_side.result_json(results)))
+    assert line["figure"]["w"]["output_throughput"] == 300.0
+    assert line["rival"]["figure"]["w"]["output_throughput"] == 200.0
+    assert line["ceiling"]["w"] == {"floor_s": 2.0}
+    assert (line["share"]["w"], line["gpu"], line["versions"]) == (0.5, "H100", {"vllm": "0.26.0"})
+
+
+def test_a_rival_that_failed_keeps_its_line() -> None:
+    results = {"ballonet": {"rounds": {"w": [_round(3.0)]}}, "vllm": {"error": "status 1", "rounds": {}}}
+    assert "status 1" in engine_side_by_side.table(results)
+    assert engine_side_by_side.result_json(results)["rival"]["error"] == "status 1"
+
+
+SMALL = Heads(query=4, kv=2, dim=16)
+PROBLEMS = [Problem(3, 1, 159, SMALL), Problem(2, 48, 0, SMALL), Problem(2, 16, 144, SMALL)]
+
+
+@pytest.fixture(params=PROBLEMS, ids=lambda problem: problem.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param, torch.device("cpu"), torch.float32)
+
+
+def _expected(case: Case) -> torch.Tensor:
+    """Attention over the plain keys and values, in float64."""
+    problem = case.problem
+    q = case.q.double().view(problem.batch, problem.queries, SMALL.query, SMALL.dim).transpose(1, 2)
+    k, v = (t.double().repeat_interleave(2, dim=2).transpose(1, 2) for t in (case.k, case.v))
+    positions = torch.arange(problem.queries)[:, None] + problem.cached
+    mask = torch.arange(problem.context)[None] <= positions
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SMALL.scale)
+    return out.transpose(1, 2).reshape(case.q.shape)
+
+
+def test_our_layout_holds_the_keys_and_values(case: Case) -> None:
+    assert gpu_kernels.relative_error(attention_kernels.ours(case)(), _expected(case)) < 1e-5
+
+
+def test_pages_hold_the_keys_and_values(case: Case) -> None:
+    k, v, table = case.pages(16)
+    for cache, plain in ((k, case.k), (v, case.v)):
+        torch.testing.assert_close(cache[table.long()].flatten(1, 2), plain)
+    places = case.token_places(case.problem.context, 16)
+    torch.testing.assert_close(k.flatten(0, 1)[places], case.k.flatten(0, 1))
+    assert not torch.equal(table.flatten(), torch.arange(table.numel(), dtype=torch.int32))
+
+
+def test_a_context_of_broken_pages_is_refused(case: Case) -> None:
+    with pytest.raises(ValueError, match="no whole number of pages of 128"):
+        case.pages(128)
+
+
+def test_bytes_and_flop_of_a_problem() -> None:
+    decode, prefill = Problem(2, 1, 9, SMALL), Problem(2, 3, 4, SMALL)
+    assert decode.kv_bytes == 2 * 10 * 2 * 16 * 2 * 2
+    assert prefill.flop == 4 * 2 * 4 * 16 * (5 + 6 + 7)
+
+
+def _wrong(case: Case) -> attention_kernels.Launch:
+    return lambda: torch.ones_like(case.q)
+
+
+def _missing(case: Case) -> attention_kernels.Launch:
+    raise ImportError("no such package")
+
+
+def test_a_rival_that_cannot_run_says_why_and_one_that_differs_is_not_timed(case: Case) -> None:
+    rivals = {"wrong": _wrong, "missing": _missing, "same": attention_kernels.ours}
+    launches, timings, _ = gpu_kernels.prepare(case, rivals)
+    assert list(launches) == ["ballonet", "same"]
+    assert "differs from ours" in timings["wrong"].note
+    assert timings["missing"].note == "ImportError: no such package"
+    timings["ballonet"].ms, timings["same"].ms = 2.0, 3.0
+    text = gpu_kernels.lines(case.problem, timings)
+    assert "ours  1.50x" in text[3]
+    assert "no such package" in text[2]
+    result = gpu_kernels.case_json(case.problem, timings)
+    assert (result["ms"], result["rival"]["missing"]) == (2.0, "ImportError: no such package")
+
+
+def test_nan_is_an_error() -> None:
+    bad = torch.tensor([1.0, float("nan")])
+    assert not gpu_kernels.relative_error(bad, torch.ones(2)) <= 1.0
+
+
+def test_the_models_configuration_is_a_model(tmp_path: Path) -> None:
+    from tests.bench.models import engine_config
+
+    config = engine_config("llama-8b", tmp_path, 20.0)
+    assert (config.memory.pool_bytes, config.device) == (20 << 30, "cuda")
+    assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 8
+
+
+def test_ours_runs_through_the_devices_own_kernels() -> None:
+    assert attention_kernels.backend.for_device(torch.device("cpu")) is reference

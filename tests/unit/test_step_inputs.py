@@ -1,0 +1,103 @@
+"""Plans as index tensors: every piece in its place, padding on the guard row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.messages import PENDING_TOKEN, Piece, StepPlan
+from engine.model.inputs import StepInputs
+from engine.model.runner import graph_sizes
+
+
+class Slots:
+    def first_row(self, slot: int) -> int:
+        return 1 + 10 * slot
+
+
+def make(max_tokens: int = 64, max_sequences: int = 8) -> StepInputs:
+    return StepInputs(torch.device("cpu"), Slots(), max_tokens, max_sequences)
+
+
+def one(slot: int, start: int, token: int, samples: bool = True) -> Piece:
+    return Piece(f"r{slot}", slot, start, (token,), samples)
+
+
+MIXED = StepPlan(
+    1,
+    (
+        one(3, 7, PENDING_TOKEN),
+        one(0, 4, 11),
+        Piece("r1", 1, 2, (21, 22, 23), samples=False),
+        Piece("r2", 2, 0, (31, 32), samples=True),
+    ),
+    num_decodes=2,
+)
+
+
+def test_decodes_come_before_pieces_of_prompts() -> None:
+    batch = make().put(MIXED)
+    assert batch.num_decodes == 2
+    assert batch.input_ids[1:].tolist() == [11, 21, 22, 23, 31, 32]
+    assert batch.is_pending.tolist() == [True, False]
+    assert batch.pending_slots[0] == 3
+    assert batch.positions.tolist() == [7, 4, 2, 3, 4, 0, 1]
+    assert batch.token_first_rows.tolist() == [31, 1, 11, 11, 11, 21, 21]
+    assert batch.decode_first_rows.tolist() == [31, 1]
+    assert batch.decode_context_lens.tolist() == [8, 5]
+    assert batch.query_starts.tolist() == [0, 3, 5]
+    assert batch.prefill_first_rows.tolist() == [11, 21]
+    assert batch.prefill_context_lens.tolist() == [5, 2]
+    assert batch.max_query_len == 3
+    assert batch.sample_indices is not None
+    assert batch.sample_indices.tolist() == [0, 1, 6]
+    assert batch.decode_context_lens.dtype == batch.query_starts.dtype == torch.int32
+    assert batch.positions.dtype == batch.input_ids.dtype == torch.int64
+
+
+def test_a_step_that_samples_every_token_needs_no_indices() -> None:
+    assert make().put(StepPlan(1, (one(0, 1, 5), one(1, 1, 6)), 2)).sample_indices is None
+    partly = make().put(StepPlan(1, (one(0, 1, 5), one(1, 1, 6, samples=False)), 2))
+    assert partly.sample_indices is not None
+    assert partly.sample_indices.tolist() == [0]
+
+
+def test_padding_points_at_the_guard_row() -> None:
+    inputs = make()
+    inputs.put(MIXED)  # leaves other values where the padding goes
+    batch = inputs.put(StepPlan(1, (one(3, 7, PENDING_TOKEN), one(0, 4, 11)), 2), padded=4)
+    assert batch.num_decodes == 4
+    assert batch.decode_first_rows.tolist() == [31, 1, 0, 0]
+    assert batch.token_first_rows.tolist() == [31, 1, 0, 0]
+    assert batch.positions.tolist() == [7, 4, 0, 0]
+    assert batch.decode_context_lens.tolist() == [8, 5, 1, 1]
+    assert batch.is_pending.tolist() == [True, False, False, False]
+    assert batch.input_ids[1:].tolist() == [11, 0, 0]
+    assert batch.sample_indices is None
+
+
+def test_steps_of_a_size_have_their_tensors_at_the_same_addresses() -> None:
+    inputs = make()
+    first = inputs.put(StepPlan(1, (one(0, 4, 11),), 1), padded=4)
+    inputs.put(MIXED)
+    second = inputs.put(StepPlan(1, (one(0, 5, 12), one(1, 5, 12), one(2, 5, 12)), 3), padded=4)
+    for name in ("input_ids", "positions", "decode_first_rows", "decode_context_lens", "is_pending"):
+        assert getattr(first, name).data_ptr() == getattr(second, name).data_ptr()
+
+
+def test_the_largest_step_fits() -> None:
+    inputs = make(max_tokens=64, max_sequences=8)
+    inputs.put(StepPlan(1, tuple(one(slot, 0, 1) for slot in range(8)), 8))
+    pieces = tuple(Piece(f"r{slot}", slot, 0, (1,) * 8, samples=True) for slot in range(8))
+    batch = inputs.put(StepPlan(1, pieces, 0))
+    assert batch.query_starts.tolist() == list(range(0, 65, 8))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 9, 64, 250, 256])
+def test_graph_sizes_reach_the_largest_step_and_waste_little(most: int) -> None:
+    sizes = graph_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    for count in range(1, most + 1):
+        size = min(size for size in sizes if size >= count)
+        assert size - count < max(8, count)
