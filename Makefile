@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := $(HOME)/.cache/ballonet/SmolLM2-135M-Instruct.Q4_1.gguf
-BENCH ?= $(patsubst tests/bench/%.py,%,$(wildcard tests/bench/[a-z]*.py))
+BENCH ?= cpu_decode gpu_kernels engine_side_by_side
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

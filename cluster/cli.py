@@ -7,18 +7,20 @@ answer at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from cluster import cli_render, config
+from cluster.bench import command
 from cluster.client import Client, ClientError
 from engine.errors import BallonetError
 from engine.messages import EngineSnapshot
@@ -104,6 +106,14 @@ def status(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Show the engines of a running server and their memory pools."""
     with _errors_end_it():
         _console.print(cli_render.status_view(Client(url, api_key).status()))
+
+
+@app.command()
+@functools.wraps(command.bench)
+def bench(**options: Any) -> None:
+    """The options and their help are `cluster.bench.command`'s."""
+    with _errors_end_it():
+        raise typer.Exit(command.bench(**options))
 
 
 @app.command()

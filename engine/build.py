@@ -25,8 +25,9 @@ from engine.memory.pool import MemoryPool
 from engine.memory.vmm import VirtualMemory
 from engine.messages import EngineInfo, Piece, SamplingParams, StepPlan
 from engine.model.buffers import activation_specs
+from engine.model.graphs import GraphShape, graph_shapes
 from engine.model.loader import LoadedModel, ModelFacts, load_model, read_model
-from engine.model.runner import ModelRunner, graph_sizes
+from engine.model.runner import ModelRunner
 from engine.model.sampler import Sampler, SampleRow
 from engine.model.warm_up import compile_kernels
 from engine.scheduler import Scheduler
@@ -58,7 +59,7 @@ def build_engine(
     specs = activation_specs(facts.config, facts.dtype, facts.kernels, limits.max_num_seqs)
     vm, total = make_driver(facts.device, geometry.chunk_bytes, config.memory)
     max_model_len = _fit_model_len(config, facts.config.max_context, geometry, specs, total)
-    sizes = _graph_sizes(config, facts.device)
+    shapes = _graph_shapes(config, facts.device)
     pool = MemoryPool(
         vm,
         total,
@@ -69,7 +70,7 @@ def build_engine(
         max_model_len,
         limits.max_num_batched_tokens,
         facts.dtype,
-        sizes,
+        [shape.decodes for shape in reversed(shapes) if not shape.pieces],
     )
     eos_token_ids = facts.config.eos_token_ids
     scheduler = Scheduler(limits, pool, max_model_len, eos_token_ids)
@@ -78,7 +79,7 @@ def build_engine(
     )
     runner = _runner(model, pool, sampler, limits)
     _warm_up(pool, runner, sampler)
-    _capture_graphs(pool, runner, sizes, clock)
+    _capture_graphs(pool, runner, shapes, clock)
     info = _describe(config, model, geometry, max_model_len, total * geometry.chunk_bytes, clock() - started)
     steps_ahead = 1 if facts.device.type == "cuda" else 0
     return Engine(config, info, pool, scheduler, runner, sampler, publish, clock, steps_ahead)
@@ -96,10 +97,10 @@ def _runner(model: LoadedModel, pool: MemoryPool, sampler: Sampler, limits: Sche
     )
 
 
-def _graph_sizes(config: EngineConfig, device: torch.device) -> list[int]:
+def _graph_shapes(config: EngineConfig, device: torch.device) -> list[GraphShape]:
     if device.type != "cuda" or config.enforce_eager:
         return []
-    return graph_sizes(config.scheduler.max_num_seqs)
+    return graph_shapes(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
 
 
 def _describe(
@@ -141,20 +142,19 @@ def _warm_up(pool: MemoryPool, runner: ModelRunner, sampler: Sampler) -> None:
 
 
 def _capture_graphs(
-    pool: MemoryPool, runner: ModelRunner, sizes: Specs[int], clock: Callable[[], float]
+    pool: MemoryPool, runner: ModelRunner, shapes: Specs[GraphShape], clock: Callable[[], float]
 ) -> None:
-    """Record a step of decodes for every size whose buffers the pool can back; the rest runs eagerly."""
+    """Record a step of every shape whose buffers the pool can back; the rest is launched kernel by kernel."""
     started = clock()
-    fitting = [size for size in sizes if pool.room_for_kv(size, size) >= 0]
-    if not fitting or not pool.reserve([], fitting[-1], fitting[-1]):
+    fitting = [shape for shape in shapes if pool.fits_step(shape.tokens, shape.rows)]
+    if not fitting or not all(pool.reserve([], shape.tokens, shape.rows) for shape in fitting):
         return
     free, _ = torch.cuda.mem_get_info()
-    runner.capture(tqdm(fitting[::-1], desc="capturing CUDA graphs", unit="graph", disable=None))
+    runner.capture(tqdm(fitting, desc="capturing CUDA graphs", unit="graph", disable=None))
     used = free - torch.cuda.mem_get_info()[0]
     logger.info(
-        "captured %d CUDA graphs of 1 to %d decodes in %.1f s; they hold %.0f MiB",
-        len(fitting), fitting[-1], clock() - started, used / MIB,
-    )  # fmt: skip
+        "captured %d CUDA graphs in %.1f s; they hold %.0f MiB", len(fitting), clock() - started, used / MIB
+    )
 
 
 def make_driver(device: torch.device, chunk_bytes: int, memory: MemoryConfig) -> tuple[VirtualMemory, int]:

@@ -65,6 +65,10 @@ class Kernels(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
     ) -> torch.Tensor: ...
 
+    def matvec(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor: ...
+
     def silu_and_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor: ...
 
     def sampling_workspace(

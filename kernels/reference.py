@@ -197,3 +197,12 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = silu(gate) * up for gate_up (tokens, 2 * width) = [gate, up]; out (tokens, width)."""
     width = out.shape[-1]
     return torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width:], out=out)
+
+
+def matvec(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """out = x @ weight.T + bias for one row x (1, in), weight (out, in), bias (out,); out (1, out)."""
+    product = torch.mv(weight.float(), x[0].float())
+    out[0] = product if bias is None else product + bias.float()
+    return out

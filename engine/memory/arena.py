@@ -108,6 +108,10 @@ class ActivationArena:
         """Chunks behind the arena now, from its low end on."""
         return self.tensor.num_backed
 
+    def is_backed(self, num_tokens: int, num_rows: int) -> bool:
+        """Whether a step of that size can run on what is behind the arena now."""
+        return self.chunks_for(num_tokens, num_rows) <= self.num_backed
+
     def missing_rows(self, num_chunks: int) -> list[int]:
         """Rows to back before the arena has `num_chunks` chunks."""
         return list(range(self.num_backed, num_chunks))

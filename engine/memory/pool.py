@@ -80,6 +80,11 @@ class MemoryPool:
             spare = min(spare, 0)
         return self.chunks.num_free + spare
 
+    def fits_step(self, num_tokens: int, num_rows: int) -> bool:
+        """Whether a step of that size could run now if KV stayed as it is."""
+        is_within = self.arena.chunks_for(num_tokens, num_rows) <= self.arena.max_chunks
+        return is_within and self.room_for_kv(num_tokens, num_rows) >= 0
+
     def chunks_to_grow(self, slot: int, num_tokens: int) -> int:
         """Chunks the slot lacks to hold `num_tokens` tokens."""
         g = self.kv.geometry

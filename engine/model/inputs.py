@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +18,9 @@ import torch
 
 from engine.messages import Piece, StepPlan
 from engine.model.decoder import Batch
+from engine.model.graphs import MAX_PIECES, GraphShape
+
+Columns = dict[str, npt.NDArray[np.int64]]
 
 _ALIGN = 16
 _NUM_STAGES = 3  # two steps in flight and one being written
@@ -68,8 +70,9 @@ class StepInputs:
 
     def __init__(self, device: torch.device, slots: Slots, max_tokens: int, max_sequences: int) -> None:
         self._slots = slots
-        largest = Counts(max_tokens, max_sequences, max_sequences, max_sequences)
-        nbytes = _layout(largest)[1] + 4 * max_sequences  # of prefills: one start each
+        # Twice the sequences: a graph's places for decodes and for pieces are filled independently.
+        largest = Counts(max_tokens, max_sequences, 2 * max_sequences + MAX_PIECES, 2 * max_sequences)
+        nbytes = _layout(largest)[1]
         on_gpu = device.type == "cuda"
         self._stages = [
             torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
@@ -79,14 +82,14 @@ class StepInputs:
         self._device_bytes = torch.empty(nbytes, dtype=torch.uint8, device=device) if on_gpu else None
         self._turn = 0
 
-    def put(self, plan: StepPlan, padded: int | None = None) -> Batch:
+    def put(self, plan: StepPlan, shape: GraphShape | None = None) -> Batch:
         """Take a plan to the device.
 
         Args:
-            padded: for a plan of decodes only, the number of decodes to fill it up to. Padding reads
-                and writes the guard row, and its results mean nothing.
+            shape: what to fill the plan up to. Padding reads and writes the guard row, and its results
+                mean nothing: rows of logits beyond the plan's own.
         """
-        counts = _counts(plan, padded)
+        counts = _counts(plan, shape)
         self._turn = (self._turn + 1) % len(self._stages)
         stage = self._stages[self._turn]
         if self._copied:
@@ -106,35 +109,52 @@ class StepInputs:
             for name, dtype, of in _COLUMNS
         }
 
-    def _write(self, to: dict[str, npt.NDArray[np.int64]], plan: StepPlan, counts: Counts) -> None:
-        num_decodes, num_pieces = plan.num_decodes, len(plan.pieces)
-        lengths = [len(piece.token_ids) for piece in plan.pieces]
-        rows = [self._slots.first_row(piece.slot) for piece in plan.pieces]
-        _write_decodes(to, plan.pieces[:num_decodes], rows[:num_decodes])
-        at = num_decodes
-        for piece, row, length in zip(
-            plan.pieces[num_decodes:], rows[num_decodes:], lengths[num_decodes:], strict=True
-        ):
-            end = at + length
-            to["input_ids"][at:end] = piece.token_ids
-            to["positions"][at:end] = np.arange(piece.start, piece.start + length)
-            to["token_first_rows"][at:end] = row
-            at = end
-        to["first_rows"][:num_pieces] = rows
-        to["context_lens"][:num_pieces] = [
-            piece.start + length for piece, length in zip(plan.pieces, lengths, strict=True)
-        ]
-        to["query_starts"][:] = list(accumulate(lengths[num_decodes:], initial=0))
-        ends = accumulate(lengths)
-        sampled = [end - 1 for piece, end in zip(plan.pieces, ends, strict=True) if piece.samples]
+    def _write(self, to: Columns, plan: StepPlan, counts: Counts) -> None:
+        decodes, prefills = plan.pieces[: plan.num_decodes], plan.pieces[plan.num_decodes :]
+        if counts.tokens > plan.num_tokens or counts.sequences > len(plan.pieces):
+            _write_padding(to)
+        sampled = self._write_decodes(to, decodes) + self._write_prefills(to, prefills, counts.decodes)
         to["sample_indices"][: len(sampled)] = sampled
-        if counts.sequences > num_pieces:
-            _write_padding(to, num_pieces)
+
+    def _write_decodes(self, to: Columns, pieces: Sequence[Piece]) -> list[int]:
+        """Fill in the decodes; the tokens that sample."""
+        count = len(pieces)
+        ids = np.array([piece.token_ids[0] for piece in pieces], dtype=np.int64)
+        starts = np.array([piece.start for piece in pieces], dtype=np.int64)
+        rows = [self._slots.first_row(piece.slot) for piece in pieces]
+        to["is_pending"][:count] = ids < 0
+        to["input_ids"][:count] = np.maximum(ids, 0)
+        to["positions"][:count] = starts
+        to["context_lens"][:count] = starts + 1
+        to["token_first_rows"][:count] = rows
+        to["first_rows"][:count] = rows
+        to["pending_slots"][:count] = [piece.slot for piece in pieces]
+        return [index for index, piece in enumerate(pieces) if piece.samples]
+
+    def _write_prefills(self, to: Columns, pieces: Sequence[Piece], num_decodes: int) -> list[int]:
+        """Fill in pieces of prompts behind the places for decodes; the tokens that sample."""
+        sampled, at = [], num_decodes
+        for index, piece in enumerate(pieces):
+            end = at + len(piece.token_ids)
+            row = self._slots.first_row(piece.slot)
+            to["input_ids"][at:end] = piece.token_ids
+            to["positions"][at:end] = np.arange(piece.start, piece.start + end - at)
+            to["token_first_rows"][at:end] = row
+            to["first_rows"][num_decodes + index] = row
+            to["context_lens"][num_decodes + index] = piece.start + end - at
+            to["query_starts"][index] = at - num_decodes
+            if piece.samples:
+                sampled.append(end - 1)
+            at = end
+        to["query_starts"][len(pieces) :] = at - num_decodes  # padding has no queries
+        return sampled
 
     @staticmethod
     def _batch(tensors: dict[str, torch.Tensor], plan: StepPlan, counts: Counts) -> Batch:
         decodes, prefills = counts.decodes, plan.pieces[plan.num_decodes :]
         first_rows, context_lens = tensors["first_rows"], tensors["context_lens"]
+        is_padded = counts.tokens > plan.num_tokens
+        longest = max((len(piece.token_ids) for piece in prefills), default=0)
         return Batch(
             input_ids=tensors["input_ids"],
             pending_slots=tensors["pending_slots"],
@@ -147,14 +167,14 @@ class StepInputs:
             query_starts=tensors["query_starts"],
             prefill_first_rows=first_rows[decodes:],
             prefill_context_lens=context_lens[decodes:],
-            max_query_len=max((len(piece.token_ids) for piece in prefills), default=0),
+            max_query_len=counts.tokens - decodes if is_padded else longest,
             sample_indices=None if counts.rows == counts.tokens else tensors["sample_indices"],
         )
 
 
-def _counts(plan: StepPlan, padded: int | None) -> Counts:
-    if padded is not None:
-        return Counts(padded, padded, padded, padded)
+def _counts(plan: StepPlan, shape: GraphShape | None) -> Counts:
+    if shape is not None:
+        return Counts(shape.tokens, shape.decodes, shape.decodes + shape.pieces, shape.rows)
     return Counts(plan.num_tokens, plan.num_decodes, len(plan.pieces), plan.num_rows)
 
 
@@ -168,7 +188,7 @@ def _layout(counts: Counts) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _arrays(stage: torch.Tensor, counts: Counts) -> dict[str, npt.NDArray[np.int64]]:
+def _arrays(stage: torch.Tensor, counts: Counts) -> Columns:
     memory, offsets = stage.numpy(), _layout(counts)[0]
     return {
         name: memory[offsets[name] : offsets[name] + getattr(counts, of) * dtype.itemsize].view(_NUMPY[dtype])
@@ -179,21 +199,7 @@ def _arrays(stage: torch.Tensor, counts: Counts) -> dict[str, npt.NDArray[np.int
 _NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.bool: np.bool_}
 
 
-def _write_decodes(
-    to: dict[str, npt.NDArray[np.int64]], pieces: Sequence[Piece], rows: Sequence[int]
-) -> None:
-    count = len(pieces)
-    ids = np.array([piece.token_ids[0] for piece in pieces], dtype=np.int64)
-    to["is_pending"][:count] = ids < 0
-    to["input_ids"][:count] = np.maximum(ids, 0)
-    to["positions"][:count] = [piece.start for piece in pieces]
-    to["token_first_rows"][:count] = rows
-    to["pending_slots"][:count] = [piece.slot for piece in pieces]
-
-
-def _write_padding(to: dict[str, npt.NDArray[np.int64]], begin: int) -> None:
+def _write_padding(to: Columns) -> None:
     """Decodes of nobody: token 0 at position 0 of the guard row, with a context of one token."""
-    for name in ("input_ids", "positions", "token_first_rows", "pending_slots", "first_rows", "is_pending"):
-        to[name][begin:] = 0
-    to["context_lens"][begin:] = 1
-    to["sample_indices"][begin:] = 0
+    for name, column in to.items():
+        column[:] = int(name == "context_lens")

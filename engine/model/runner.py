@@ -1,12 +1,11 @@
 """From a step's plan to its logits: takes the plan to the device and runs the decoder there.
 
-Steps of decodes alone, which are most, replay a CUDA graph: a Llama-3.1-8B step is over 300 kernels,
-whose launches from Python take longer than the kernels themselves (14 ms against 8 at 64 sequences).
+Most steps replay a CUDA graph: a Llama-3.1-8B step is over 300 kernels, whose launches from Python take
+longer than the kernels themselves (14 ms against 8 at 64 sequences).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -14,6 +13,7 @@ import torch
 
 from engine.messages import StepPlan
 from engine.model.decoder import Batch, Decoder
+from engine.model.graphs import GraphShape, GraphShapes
 from engine.model.inputs import StepInputs
 
 
@@ -21,6 +21,8 @@ class Buffers(Protocol):
     """The part of `ActivationArena` a pass computes in."""
 
     def buffers(self, num_tokens: int, num_rows: int) -> Mapping[str, torch.Tensor]: ...
+
+    def is_backed(self, num_tokens: int, num_rows: int) -> bool: ...
 
 
 class KvLayers(Protocol):
@@ -60,20 +62,20 @@ class ModelRunner:
         self._last_tokens = last_tokens
         self._inputs = StepInputs(device, kv_cache, max_tokens, max_sequences)
         self._gathered = torch.zeros(max_sequences, dtype=torch.int64, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._sizes: list[int] = []
+        self._graphs: dict[GraphShape, torch.cuda.CUDAGraph] = {}
+        self._shapes = GraphShapes(())
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Start a step: logits (rows or more, vocab), first those of the pieces that sample, in the plan's
         order. On a GPU it returns before they are computed; they hold until the next call.
         """
-        size = self._graph_size(plan)
-        if size is not None:
-            self._inputs.put(plan, size)
-            self._graphs[size].replay()
-            return self._arena.buffers(size, size)["logits"]
-        return self._forward(self._inputs.put(plan), plan.num_tokens, plan.num_rows)
+        shape = self._shapes.fitting(plan)
+        if shape is None or not self._arena.is_backed(shape.tokens, shape.rows):
+            return self._forward(self._inputs.put(plan), plan.num_tokens, plan.num_rows)
+        self._inputs.put(plan, shape)
+        self._graphs[shape].replay()
+        return self._arena.buffers(shape.tokens, shape.rows)["logits"]
 
     def synchronize(self) -> None:
         """Wait until the device has finished every step that `run` started."""
@@ -89,29 +91,22 @@ class ModelRunner:
         return event.synchronize
 
     @torch.inference_mode()
-    def capture(self, sizes: Iterable[int]) -> None:
-        """Record a CUDA graph of a step of decodes for each size, largest first.
+    def capture(self, shapes: Iterable[GraphShape]) -> None:
+        """Record a CUDA graph of a step for each shape. Largest first, they share the most memory.
 
-        Buffers for the largest size must be reserved, and stay at their addresses for good: chunks behind
-        them may change, since a graph knows addresses only.
+        Buffers for the largest must be backed, and stay at their addresses for good: chunks behind them
+        may change, since a graph knows addresses only.
         """
         pool = torch.cuda.graph_pool_handle()
-        for size in sizes:
-            batch = self._inputs.put(StepPlan(0, (), 0), size)
-            self._forward(batch, size, size)  # compiles, and lets cuBLAS choose before it is recorded
+        for shape in shapes:
+            batch = self._inputs.put(StepPlan(0, (), 0), shape)
+            self._forward(batch, shape.tokens, shape.rows)  # cuBLAS chooses before it is recorded
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._forward(batch, size, size)
-            self._graphs[size] = graph
-        self._sizes = sorted(self._graphs)
-
-    def _graph_size(self, plan: StepPlan) -> int | None:
-        """The size of the graph that can run the plan, if one can."""
-        count = len(plan.pieces)
-        if not self._sizes or count != plan.num_decodes or count != plan.num_rows or count > self._sizes[-1]:
-            return None
-        return self._sizes[bisect_left(self._sizes, count)]
+                self._forward(batch, shape.tokens, shape.rows)
+            self._graphs[shape] = graph
+        self._shapes = GraphShapes(self._graphs)
 
     def _forward(self, batch: Batch, num_tokens: int, num_rows: int) -> torch.Tensor:
         count = batch.num_decodes
@@ -121,12 +116,3 @@ class ModelRunner:
             torch.where(batch.is_pending, gathered, ids, out=ids)
         buffers = self._arena.buffers(num_tokens, num_rows)
         return self._decoder.forward(batch, self._kv_cache.layer_views, buffers)
-
-
-def graph_sizes(max_sequences: int) -> list[int]:
-    """Numbers of decodes to capture graphs for: few enough to start fast, close enough to waste little.
-
-    A step is filled up to the next size: one row of eight at most from 8 sequences on.
-    """
-    sizes = {1, 2, 4, *range(8, max_sequences, 8), max_sequences}
-    return sorted(size for size in sizes if size <= max_sequences)

@@ -30,6 +30,7 @@ def compile_kernels(facts: ModelFacts, geometry: KvGeometry, max_sequences: int)
         lambda: _run_prefill(facts, tensors),
         lambda: _run_decode(facts, tensors),
         lambda: _run_small(facts, tensors),
+        lambda: _run_matvec(facts),
         lambda: _run_sampler(facts),
     ]
     with ThreadPoolExecutor(len(works), initializer=lambda: torch.cuda.set_device(facts.device)) as threads:
@@ -88,6 +89,22 @@ def _run_small(facts: ModelFacts, t: _Tensors) -> None:
     kernels.rms_norm(t.hidden, t.norm, eps, out=t.hidden)
     kernels.add_rms_norm(t.hidden, t.residual, t.norm, eps, out=t.hidden)
     kernels.silu_and_mul(t.gate_up, out=t.activated)
+
+
+@torch.inference_mode()
+def _run_matvec(facts: ModelFacts) -> None:
+    """For each input width of a model's products; the output's width is a plain argument."""
+    config = facts.config
+    for width, bias in (
+        (config.hidden_size, config.attention_bias),
+        (config.q_size, config.output_bias),
+        (config.hidden_size, config.mlp_bias),
+        (config.intermediate_size, config.mlp_bias),
+        (config.hidden_size, False),
+    ):
+        x, out = (torch.zeros(1, size, dtype=facts.dtype, device=facts.device) for size in (width, 16))
+        weight = torch.zeros(16, width, dtype=facts.dtype, device=facts.device)
+        facts.kernels.matvec(x, weight, out[0] if bias else None, out)
 
 
 def _run_sampler(facts: ModelFacts) -> None:

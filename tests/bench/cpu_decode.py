@@ -14,19 +14,18 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from engine.build import build_engine
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from engine.core import Engine
 from engine.messages import GenerateRequest, SamplingParams, TokenDelta
+from tests.bench.machine import machine
+from tests.bench.models import DEMO_MODEL
 
-MODEL = Path.home() / ".cache" / "ballonet" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = tuple(100 + 37 * index % 40000 for index in range(32))
 TOKENS = 32
 ROUNDS = 5
@@ -44,7 +43,7 @@ def engine_step_ms(engine: Engine, batch: int) -> float:
         engine.submit(GenerateRequest(f"{time.monotonic_ns()}-{index}", prompt, sampling))
     while engine.snapshot.memory.kv_tokens < batch * (len(PROMPT) + 1):
         engine.step()
-    steps = []
+    steps: list[float] = []
     while True:
         started = time.perf_counter()
         if not engine.step():
@@ -61,7 +60,7 @@ def transformers_step_ms(model: Any) -> float:
     first = time.perf_counter() - started
     started = time.perf_counter()
     model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, **options)
-    return (time.perf_counter() - started - first) / (TOKENS - 1) * 1e3
+    return float((time.perf_counter() - started - first) / (TOKENS - 1) * 1e3)
 
 
 def read_gb_s(model: Any) -> float:
@@ -70,12 +69,14 @@ def read_gb_s(model: Any) -> float:
     started = time.perf_counter()
     for weight in weights:
         weight.sum()
-    return sum(weight.nbytes for weight in weights) / (time.perf_counter() - started) / 1e9
+    return float(sum(weight.nbytes for weight in weights) / (time.perf_counter() - started) / 1e9)
 
 
 def main() -> None:
-    model = AutoModelForCausalLM.from_pretrained(str(MODEL.parent), gguf_file=MODEL.name, dtype=torch.float32)
-    source = ModelSource("demo", str(MODEL), dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(
+        str(DEMO_MODEL.parent), gguf_file=DEMO_MODEL.name, dtype=torch.float32
+    )
+    source = ModelSource("demo", str(DEMO_MODEL), dtype="float32")
     memory, scheduler = MemoryConfig(pool_bytes=256 * MIB), SchedulerConfig(max_num_seqs=16)
     engine = build_engine(EngineConfig(source, memory, scheduler, max_model_len=512), ignore)
     rows: dict[str, list[float]] = {"floor": [], "transformers": [], "batch_1": [], "batch_16": []}
@@ -93,9 +94,16 @@ def main() -> None:
         f"ballonet, batch 16          {ms['batch_16']:7.1f} ms a step, {16e3 / ms['batch_16']:.1f} tokens/s"
     )
     print(f"batch 16 over batch 1       {ratio:7.1f} x the tokens/s")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    print(json.dumps({"ms": ms, "batch_16_over_1": ratio, **machine, **versions}))
+    line = {
+        "bench": "cpu_decode",
+        "figure": {"batch_1_ms": ms["batch_1"], "batch_16_ms": ms["batch_16"], "batch_16_over_1": ratio},
+        "ceiling": {"read_bytes": engine.info.weight_bytes, "floor_ms": ms["floor"]},
+        "share": ms["floor"] / ms["batch_1"],
+        "rival": {"name": "transformers", "ms": ms["transformers"]},
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps({**line, **machine()}))
 
 
 if __name__ == "__main__":

@@ -1,93 +1,211 @@
-"""Attention kernels beside the card's ceilings: `python -m tests.bench.gpu_kernels`, on a GPU.
+"""Attention kernels, ours and the rivals', beside the card's ceilings: `python -m tests.bench.gpu_kernels`.
 
-Llama-3.1-8B's heads in bfloat16 over a pool of shuffled sequences. The ceilings were measured on one
-H100: 3.0 TB/s for reading memory, 798 TFLOP/s for a bf16 matrix product. Decodes are timed in a CUDA
-graph, prefills launched from Python. The last line is JSON.
+Every kernel of a case computes the same problem, and its result is compared with ours before its time
+counts. Each is captured in a CUDA graph of several calls; rounds go over all of them in turn, so that
+clocks and temperature hurt all alike; medians are reported. A rival that cannot be imported or run keeps
+its line, with the reason. The ceilings were measured on one H100: 3.0 TB/s for a device copy, 798 TFLOP/s
+for a bf16 matrix product. The last line is JSON.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
-import subprocess
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
-from triton.testing import do_bench, do_bench_cudagraph
 
-from kernels import triton_backend
+from cluster.bench.floor import CEILINGS
+from tests.bench.attention_cases import Case, Problem
+from tests.bench.attention_kernels import RIVALS, Builder, Launch, ours
+from tests.bench.machine import machine
 
-CEILING_TB_S = 3.0
-CEILING_TFLOP_S = 798.0
-QUERY_HEADS, KV_HEADS, HEAD_DIM, TOKENS_PER_ROW, LAYERS = 32, 8, 128, 128, 4
 DECODES = [(256, 1024), (64, 8192), (16, 32768), (4, 131072), (1, 131072), (8, 4096), (1, 1024)]
-PREFILLS = [(1, 4096, 0), (1, 16384, 0), (1, 65536, 0), (8, 2048, 14336), (1, 512, 16384), (16, 64, 4096)]
+PREFILLS = [
+    (1, 4096, 0),
+    (1, 16384, 0),
+    (1, 65536, 0),
+    (8, 2048, 14336),
+    (8, 2048, 16384),
+    (1, 512, 16384),
+    (16, 64, 4096),
+]
+OURS = "ballonet"
+_REPLAY_MS = 2.0  # of calls in one graph: long against the events that time it
+_MOST_CALLS, _MOST_ROUNDS, _LEAST_ROUNDS = 50, 25, 3
+_LARGEST_ERROR = 0.02  # relative, root mean square; roundings of bf16 give 0.005
 
 
-def pool(num_sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer's view of random KV, and each sequence's first row, in shuffled order."""
-    num_rows = -(-context // TOKENS_PER_ROW)
-    shape = (num_sequences * num_rows, LAYERS, 2, TOKENS_PER_ROW, KV_HEADS, HEAD_DIM)
-    kv = torch.empty(shape, dtype=torch.bfloat16, device="cuda")[:, 1]
-    for first in range(0, kv.shape[0], 1024):  # `normal_` on a strided view works in a copy of it
-        kv[first : first + 1024].normal_()
-    return kv, torch.randperm(num_sequences, device="cuda") * num_rows
+@dataclass(slots=True)
+class Timing:
+    """One kernel on one case. `ms` is None where it did not run, and `note` says why."""
+
+    ms: float | None = None
+    error: float = 0.0
+    note: str = ""
 
 
-def int32(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cuda")
+def problems(kinds: str) -> list[Problem]:
+    """The cases of `decode`, `prefill` or `all`."""
+    decodes = [Problem(batch, 1, context - 1) for batch, context in DECODES]
+    prefills = [Problem(*shape) for shape in PREFILLS]
+    return {"decode": decodes, "prefill": prefills, "all": decodes + prefills}[kinds]
 
 
-def decode(batch: int, context: int) -> Callable[[], torch.Tensor]:
-    kv, first_rows = pool(batch, context)
-    q = torch.randn(batch, QUERY_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    lens, out = int32([context] * batch), torch.empty_like(q)
-    scale = HEAD_DIM**-0.5
-    return lambda: triton_backend.decode_attention(q, kv, first_rows, lens, context, scale, out)
+def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of `expected`; NaN anywhere gives NaN."""
+    difference = (result.float() - expected.float()).square().mean()
+    return float((difference / expected.float().square().mean()).sqrt())
 
 
-def prefill(batch: int, queries: int, cached: int) -> Callable[[], torch.Tensor]:
-    kv, first_rows = pool(batch, queries + cached)
-    q = torch.randn(batch * queries, QUERY_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    starts = int32([index * queries for index in range(batch + 1)])
-    lens, out = int32([queries + cached] * batch), torch.empty_like(q)
-    scale = HEAD_DIM**-0.5
-    return lambda: triton_backend.prefill_attention(q, kv, starts, first_rows, lens, queries, scale, out)
+def prepare(
+    case: Case, rivals: Mapping[str, Builder]
+) -> tuple[dict[str, Launch], dict[str, Timing], torch.Tensor]:
+    """Launches that agree, a Timing for each name with why it has none, and the result they agree on."""
+    launches: dict[str, Launch] = {OURS: ours(case)}
+    timings = {OURS: Timing()}
+    expected = launches[OURS]().clone()
+    for name, build in rivals.items():
+        timings[name] = Timing()
+        try:
+            launch = build(case)
+            timings[name].error = error = relative_error(launch(), expected)
+        except Exception as failure:  # a rival may lack anything: its line says what
+            timings[name].note = f"{type(failure).__name__}: {failure}".splitlines()[0][:150]
+            continue
+        if error <= _LARGEST_ERROR:
+            launches[name] = launch
+        else:
+            timings[name].note = f"differs from ours by {error:.3g}: not timed"
+    return launches, timings, expected
 
 
-def commit() -> str:
-    """The checkout's commit, or `unknown` outside one."""
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+def time_case(case: Case, rivals: Mapping[str, Builder], seconds: float) -> dict[str, Timing]:
+    """Median milliseconds of a call for each kernel, about `seconds` for all of them."""
+    launches, timings, expected = prepare(case, rivals)
+    calls: dict[str, int] = {}
+    replays: dict[str, Callable[[], Any]] = {}
+    once_ms: dict[str, float] = {}
+    for name, launch in launches.items():
+        _elapsed_ms(launch)
+        once_ms[name] = max(1e-3, min(_elapsed_ms(launch) for _ in range(2)))
+        calls[name] = max(1, min(_MOST_CALLS, int(_REPLAY_MS / once_ms[name])))
+        replays[name], timings[name].note = _captured(launch, calls[name])
+    round_ms = sum(max(_REPLAY_MS, once_ms[name]) for name in launches)
+    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(seconds * 1e3 / round_ms)))
+    samples: dict[str, list[float]] = {name: [] for name in launches}
+    for _ in range(rounds):
+        for name, replay in replays.items():
+            samples[name].append(_elapsed_ms(replay) / calls[name])
+    for name, values in samples.items():
+        timing = timings[name]
+        timing.ms = statistics.median(values)
+        # Again: what a kernel leaves behind (a counter, a workspace) may spoil its later runs.
+        timing.error = relative_error(launches[name](), expected)
+        if not timing.error <= _LARGEST_ERROR:
+            timing.note += f" WRONG after many runs: differs by {timing.error:.3g}"
+    return timings
+
+
+def _captured(launch: Launch, count: int) -> tuple[Callable[[], Any], str]:
+    """`count` calls as one CUDA graph; launched one by one, with a note, where that is refused."""
+
+    def eager() -> None:
+        for _ in range(count):
+            launch()
+
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    try:
+        with torch.cuda.stream(stream):
+            launch()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            eager()
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return eager, f"no CUDA graph: {str(error).splitlines()[0][:100]}"
+    return graph.replay, ""
+
+
+def _elapsed_ms(work: Callable[[], Any]) -> float:
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def rate(problem: Problem, ms: float) -> tuple[float, float, str]:
+    """Rate of a call, its share of the ceiling, and the unit: bytes for decodes, FLOPs for prefills."""
+    ceiling = CEILINGS["h100"]
+    if problem.is_decode:
+        return problem.kv_bytes / ms / 1e9, problem.kv_bytes / ms * 1e3 / ceiling.bytes_per_s, "TB/s"
+    return problem.flop / ms / 1e9, problem.flop / ms * 1e3 / ceiling.flop_per_s, "TFLOP/s"
+
+
+def lines(problem: Problem, timings: Mapping[str, Timing]) -> list[str]:
+    """The table's lines of one case; `ours` is how much faster ours is."""
+    text = []
+    our_ms = timings[OURS].ms
+    for name, timing in timings.items():
+        start = f"{problem.name if name == OURS else '':26} {name:14}"
+        if timing.ms is None or our_ms is None:
+            text.append(f"{start} {timing.note}")
+            continue
+        value, share, unit = rate(problem, timing.ms)
+        versus = "" if name == OURS else f"ours {timing.ms / our_ms:5.2f}x"
+        versus += f"  error {timing.error:.4f}"
+        text.append(f"{start} {timing.ms:9.4f} ms {value:8.2f} {unit:7} {share:6.1%}  {versus} {timing.note}")
+    return text
+
+
+def case_json(problem: Problem, timings: Mapping[str, Timing]) -> dict[str, Any]:
+    """Rates of one case: ours with its ceiling and share, and every rival or why it is missing."""
+    rivals: dict[str, Any] = {}
+    figure: dict[str, Any] = {}
+    for name, timing in timings.items():
+        if timing.ms is None:
+            rivals[name] = timing.note
+            continue
+        value, share, unit = rate(problem, timing.ms)
+        if name == OURS:
+            figure = {"ms": round(timing.ms, 5), unit: round(value, 3), "share": round(share, 4)}
+            floor_ms = timing.ms * share
+            figure["floor_ms"] = round(floor_ms, 5)
+        else:
+            rivals[name] = round(value, 3)
+    return {**figure, "rival": rivals}
 
 
 def main() -> None:
+    """Time every case; say so where there is no GPU."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--cases", choices=("decode", "prefill", "all"), default="all")
+    parser.add_argument("--rivals", nargs="*", choices=tuple(RIVALS), default=list(RIVALS))
+    parser.add_argument("--seconds", type=float, default=0.6, help="of timing for each case")
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to measure here")
         return
-    results: dict[str, float] = {}
-    for batch, context in DECODES:
-        ms = do_bench_cudagraph(decode(batch, context), return_mode="median")
-        rate = batch * context * KV_HEADS * HEAD_DIM * 2 * 2 / ms / 1e9
-        name = f"decode {batch} x {context}"
-        results[name] = round(rate, 3)
-        print(f"{name:28} {ms:9.3f} ms {rate:8.2f} TB/s    {rate / CEILING_TB_S:6.1%} of {CEILING_TB_S}")
-    for batch, queries, cached in PREFILLS:
-        ms = do_bench(prefill(batch, queries, cached), return_mode="median")
-        pairs = queries * cached + queries * (queries + 1) / 2
-        rate = 4 * batch * QUERY_HEADS * HEAD_DIM * pairs / ms / 1e9
-        name = f"prefill {batch} x {queries} + {cached}"
-        results[name] = round(rate, 1)
-        print(
-            f"{name:28} {ms:9.3f} ms {rate:8.1f} TFLOP/s {rate / CEILING_TFLOP_S:6.1%} of {CEILING_TFLOP_S}"
-        )
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit(),
-    }
-    print(json.dumps({**machine, "results": results}))
+    rivals = {name: RIVALS[name] for name in args.rivals}
+    results = {}
+    for problem in problems(args.cases):
+        timings = time_case(Case(problem, torch.device("cuda")), rivals, args.seconds)
+        results[problem.name] = case_json(problem, timings)
+        print("\n".join(lines(problem, timings)), flush=True)
+        gc.collect()  # graphs hold their case in cycles, and the next one needs its gigabytes
+        torch.cuda.empty_cache()
+    ceiling = {"TB/s": CEILINGS["h100"].bytes_per_s / 1e12, "TFLOP/s": CEILINGS["h100"].flop_per_s / 1e12}
+    print(json.dumps({"bench": "gpu_kernels", "figure": results, "ceiling": ceiling, **machine()}))
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def test_a_steady_decode_allocates_nothing_and_calls_no_driver(demo_model_path: 
     run(engine)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_steps_wait_for_the_device_in_one_place_only(demo_model_path: Path) -> None:
     """Launching a step must not synchronise: torch raises if anything in it does."""
     engine = build(demo_model_path, Collector())

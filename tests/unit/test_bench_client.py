@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from cluster import cli
 from cluster.bench.client import Call, Run, Target, send_all
+from tests.bench.models import write_llama_8b
 
 ROOT = Path(__file__).parents[2]
 DONE = "data: [DONE]\n\n"
@@ -127,11 +128,13 @@ def _send(server: FakeServer, *scripts: list[Any], concurrency: int | None = Non
 
 
 def test_tokens_are_counted_by_usage_and_gaps_by_delta(server: FakeServer) -> None:
-    (record,) = _send(server, _FOUR_TOKENS).records
+    pause_s = 0.4  # far more than a busy machine delays the reading
+    script = [_text("a"), pause_s, _text("b c"), _text("d", "length"), _usage(7, 4), DONE]
+    (record,) = _send(server, script).records
     assert record.succeeded
     assert (record.prompt_tokens, record.output_tokens) == (7, 4)
     assert len(record.delta_times_s) == 3
-    assert record.gaps_s[0] >= 0.04
+    assert record.gaps_s[0] > 0.1
     assert record.tpot_s == pytest.approx((record.end_s - record.delta_times_s[0]) / 3)
 
 
@@ -141,10 +144,10 @@ def test_without_usage_deltas_count(server: FakeServer) -> None:
 
 
 def test_chat_deltas_count_from_the_first_text(server: FakeServer) -> None:
-    script = [_chat(role="assistant", content=""), 0.05, _chat(reasoning_content="x"), _chat(content="y")]
+    script = [_chat(role="assistant", content=""), 0.1, _chat(reasoning_content="x"), _chat(content="y")]
     (record,) = _send(server, [*script, _usage(3, 2), DONE]).records
     assert len(record.delta_times_s) == 2
-    assert record.ttft_s >= 0.04
+    assert record.ttft_s >= 0.1
 
 
 def test_events_may_be_cut_anywhere_and_mixed_with_comments(server: FakeServer) -> None:
@@ -183,7 +186,9 @@ def test_a_server_that_is_not_there() -> None:
 def test_arrivals_and_the_limit_on_concurrency(server: FakeServer) -> None:
     calls = [Call(0.1 * n, 1, b"{}") for n in range(4)]
     run = send_all(Target(server.url + "/v1/completions"), calls)
-    assert [record.start_s for record in run.records] == pytest.approx([0.0, 0.1, 0.2, 0.3], abs=0.08)
+    starts = [record.start_s for record in run.records]
+    assert all(start >= call.arrival_s for start, call in zip(starts, calls, strict=True))
+    assert run.late_s == pytest.approx([s - c.arrival_s for s, c in zip(starts, calls, strict=True)])
     server.most_open = 0
     _send(server, *[_FOUR_TOKENS] * 6, concurrency=2)
     assert server.most_open == 2
@@ -231,6 +236,16 @@ def test_chat_sends_words_and_extra_fields(server: FakeServer) -> None:
     assert len(body["messages"][0]["content"].split()) == 5
 
 
+def test_a_run_stands_beside_its_ceiling(server: FakeServer, tmp_path: Path) -> None:
+    write_llama_8b(tmp_path)
+    status, output = _bench(server, "--model-config", str(tmp_path), "--gpu", "h100")
+    line = json.loads(output.strip().splitlines()[-1])
+    assert status == 0
+    assert line["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert line["ceiling"]["read_bytes"] > 4 * 15e9  # the weights for the prompts and three more tokens
+    assert 0 < line["share"]["of_floor"] <= line["share"]["of_phases"]
+
+
 def test_a_failing_test_request_ends_the_command(server: FakeServer) -> None:
     status, output = _bench(server, "--extra-body", '{"script": [404, "no such model"]}')
     assert status == 1
@@ -266,7 +281,8 @@ def test_failures_are_counted_and_the_first_is_told(server: FakeServer) -> None:
         (["--header", "plain"], "--header must be KEY=VALUE"),
         (["--workload", "nope"], "no workload is called 'nope'"),
         (["--gpu", "abacus"], "--gpu must be one of h100"),
-        (["--model-config", "/nowhere"], "--model-config"),
+        (["--model-config", "/nowhere", "--gpu", "h100"], "--model-config /nowhere cannot be read"),
+        (["--gpu", "h100"], "--model-config and --gpu belong together"),
         (["--base-url", "http://127.0.0.1:9"], "does not answer"),
     ],
 )
@@ -295,5 +311,5 @@ def test_ctrl_c_prints_what_there_is(server: FakeServer) -> None:
     assert process.returncode == 130
     assert "interrupted:" in output
     figure = json.loads(output.strip().splitlines()[-1])["figure"]
-    assert 5 <= figure["completed"] < 50
+    assert 1 <= figure["completed"] < 50
     assert figure["failed"] == 0

@@ -10,10 +10,12 @@ import torch
 
 from cluster.bench.summary import summarise
 from cluster.bench.workload import PlannedRequest, RandomPlan, Workload
+from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from kernels import reference
 from tests.bench import attention_kernels, engine_side_by_side, gpu_idle, gpu_kernels
 from tests.bench.attention_cases import Case, Heads, Problem
-from tests.bench.in_process import Gain, drive
+from tests.bench.in_process import BallonetStepper, Gain, drive
+from tests.bench.models import LLAMA_8B, engine_config
 
 
 class Clock:
@@ -85,6 +87,20 @@ def test_a_failed_request_is_a_failed_record() -> None:
     records, _ = drive(SteadyEngine(clock, fails="1"), workload, clock, clock.sleep)
     assert [record.succeeded for record in records] == [True, False]
     assert records[1].error == "it broke"
+
+
+def test_our_engine_is_driven_to_the_end(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 3000}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | sizes))
+    source = ModelSource("tiny", str(tmp_path), load_format="dummy", dtype="float32")
+    memory, limits = MemoryConfig(pool_bytes=32 * MIB), SchedulerConfig(max_num_seqs=2)
+    engine = BallonetStepper(EngineConfig(source, memory, limits, max_model_len=256))
+    workload = RandomPlan(3, 20, 5, request_rate=50.0, vocab_size=3000).workload("w")
+    records, duration_s = drive(engine, workload)
+    assert [record.error for record in records] == [None] * 3
+    assert [record.output_tokens for record in records] == [5] * 3
+    assert all(0 < record.ttft_s <= record.e2el_s <= duration_s for record in records)
 
 
 def test_an_engine_that_forgets_a_request_is_found_out() -> None:
@@ -227,8 +243,6 @@ def test_nan_is_an_error() -> None:
 
 
 def test_the_models_configuration_is_a_model(tmp_path: Path) -> None:
-    from tests.bench.models import engine_config
-
     config = engine_config("llama-8b", tmp_path, 20.0)
     assert (config.memory.pool_bytes, config.device) == (20 << 30, "cuda")
     assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 8

@@ -11,6 +11,7 @@ import pytest
 from cluster.bench import floor, report
 from cluster.bench.summary import Record, Summary, percentile, read_objectives, summarise
 from cluster.bench.workload import BenchError, PlannedRequest, Workload
+from tests.bench.models import LLAMA_8B
 
 
 def _done(start: float, deltas: list[float], tokens: int | None = None, prompt: int = 10) -> Record:
@@ -151,17 +152,17 @@ def test_the_block_leaves_out_what_was_not_asked_for() -> None:
 
 
 def test_a_result_file_is_named_and_keyed_like_vllms(tmp_path: Path) -> None:
-    path = report.save(tmp_path / "new", None, _settings(), _summary(), RECORDS, True, {"gpu": "none"})
-    assert path.name.startswith("openai-infqps-model-")
+    path = report.result_path(tmp_path / "new", None, _settings())
+    report.save(path, _settings(), _summary(), RECORDS, True, {"gpu": "none"})
     content = json.loads(path.read_text())
     assert content["completed"] == 3
     assert content["p99_ttft_ms"] == 990.0
     assert content["gpu"] == "none"
     assert content["errors"] == ["HTTP 500"]
     assert content["itls"] == [[0.25, 0.25, 0.5], [1.0], []]
-    assert "itls" not in json.loads(
-        report.save(tmp_path, "r.json", _settings(), _summary(), RECORDS, False, {}).read_text()
-    )
+    named = report.result_path(tmp_path, "r.json", _settings())
+    report.save(named, _settings(), _summary(), RECORDS, False, {})
+    assert "itls" not in json.loads((tmp_path / "r.json").read_text())
 
 
 TINY = floor.ModelShape(hidden=4, intermediate=8, layers=2, heads=2, kv_heads=1, head_dim=2, vocab=10)
@@ -199,8 +200,6 @@ def test_the_floor_of_a_batch_reads_the_weights_once_a_step() -> None:
 
 
 def test_llama_8b_is_counted_right(tmp_path: Path) -> None:
-    from tests.bench.models import LLAMA_8B
-
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     shape = floor.read_shape(tmp_path)
     embedding = shape.hidden * shape.vocab

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import http.server
 import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,36 +23,10 @@ from engine.config import ModelSource
 from engine.errors import ModelLoadError
 from engine.model.config import ModelConfig, RopeConfig, load_model_config
 from engine.model.rope import rope_tables
+from tests.unit.hf_configs import PUBLIC
 
-# The hub's own wording of before transformers 5: rope_theta and rope_scaling at the top.
-LLAMA_3_2_1B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 16,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 128256,
-}
+ROOT = Path(__file__).parents[2]
+LLAMA_3_2_1B = {**PUBLIC["Llama-3.2-1B"], "eos_token_id": [128001, 128008, 128009]}
 
 
 def read(directory: Path, content: dict[str, Any], **changes: Any) -> ModelConfig:
@@ -166,6 +146,111 @@ def test_an_unreachable_hub_id_names_the_remedy(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelLoadError, match="check the id, the network"):
         load_model_config(ModelSource("m", "nobody/no-such-model"))
+
+
+# Loads each model named and prints what came of it, and which heavy modules that brought in.
+PROGRAM = """
+import json, sys
+from engine.config import ModelSource
+from engine.errors import ModelLoadError
+from engine.model.config import load_model_config
+found = []
+for source in sys.argv[1:]:
+    try:
+        found.append(list(load_model_config(ModelSource("m", source)).eos_token_ids))
+    except ModelLoadError as error:
+        found.append(str(error))
+print(json.dumps([found, [name for name in ("transformers", "ray") if name in sys.modules]]))
+"""
+
+
+def load_in_a_fresh_process(*sources: str, **environment: str) -> list[Any]:
+    answer = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *sources],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found, heavy = json.loads(answer.stdout.splitlines()[-1])
+    assert not heavy, "transformers costs an engine's start 11 s on a GPU host"
+    return cast("list[Any]", found)
+
+
+HUB_FILES: dict[str, Any] = {
+    "lab/chat": {"config.json": LLAMA_3_2_1B, "generation_config.json": {"eos_token_id": [5, 128009]}},
+    "lab/base": {"config.json": LLAMA_3_2_1B},
+    "lab/cut": {"config.json": LLAMA_3_2_1B},
+    "lab/only-gguf": {},
+}
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """The few answers of a model hub that a reader of configurations sees."""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        owner, name, _, revision, file = self.path.split("?")[0].strip("/").split("/")
+        repository = f"{owner}/{name}"
+        if repository == "lab/gated":
+            return self._refuse(403, "GatedRepo")
+        if repository not in HUB_FILES:
+            return self._refuse(404, "RepoNotFound")
+        if file not in HUB_FILES[repository]:
+            return self._refuse(404, "EntryNotFound")
+        body = json.dumps(HUB_FILES[repository][file]).encode()
+        self.send_response(200)
+        self.send_header("ETag", f'"{name}-{file}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body[:9] if repository == "lab/cut" else body)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are no output of the test."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_directory_is_read_without_transformers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_2_1B))
+    assert load_in_a_fresh_process(str(tmp_path)) == [[128001, 128008, 128009]]
+
+
+def test_hub_ids_are_read_without_transformers_and_from_the_cache_later(tmp_path: Path, hub: str) -> None:
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"}
+    sources = ["lab/chat", "lab/base", "lab/only-gguf", "lab/gated", "lab/none", "lab/cut"]
+    chat, base, *refused = load_in_a_fresh_process(*sources, HF_ENDPOINT=hub, **environment)
+    assert (chat, base) == ([5, 128001, 128008, 128009], [128001, 128008, 128009])
+    assert "lab/only-gguf has no config.json" in refused[0]
+    for message, name in zip(refused[1:], sources[3:], strict=True):
+        assert f"cannot read the configuration of {name}" in message
+        assert "check the id, the network and, for a gated model, HF_TOKEN" in message
+    offline = load_in_a_fresh_process(*sources[:2], HF_HUB_OFFLINE="1", **environment)
+    assert offline == [chat, base]
 
 
 def write_gguf(path: Path, arch: str = "llama", **extra: Any) -> Path:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.messages import PENDING_TOKEN, Piece, StepPlan
+from engine.model.graphs import MAX_PIECES, GraphShape, GraphShapes, decode_sizes, graph_shapes
 from engine.model.inputs import StepInputs
-from engine.model.runner import graph_sizes
 
 
 class Slots:
@@ -65,7 +65,7 @@ def test_a_step_that_samples_every_token_needs_no_indices() -> None:
 def test_padding_points_at_the_guard_row() -> None:
     inputs = make()
     inputs.put(MIXED)  # leaves other values where the padding goes
-    batch = inputs.put(StepPlan(1, (one(3, 7, PENDING_TOKEN), one(0, 4, 11)), 2), padded=4)
+    batch = inputs.put(StepPlan(1, (one(3, 7, PENDING_TOKEN), one(0, 4, 11)), 2), GraphShape(4))
     assert batch.num_decodes == 4
     assert batch.decode_first_rows.tolist() == [31, 1, 0, 0]
     assert batch.token_first_rows.tolist() == [31, 1, 0, 0]
@@ -78,11 +78,27 @@ def test_padding_points_at_the_guard_row() -> None:
 
 def test_steps_of_a_size_have_their_tensors_at_the_same_addresses() -> None:
     inputs = make()
-    first = inputs.put(StepPlan(1, (one(0, 4, 11),), 1), padded=4)
+    first = inputs.put(StepPlan(1, (one(0, 4, 11),), 1), GraphShape(4))
     inputs.put(MIXED)
-    second = inputs.put(StepPlan(1, (one(0, 5, 12), one(1, 5, 12), one(2, 5, 12)), 3), padded=4)
+    second = inputs.put(StepPlan(1, (one(0, 5, 12), one(1, 5, 12), one(2, 5, 12)), 3), GraphShape(4))
     for name in ("input_ids", "positions", "decode_first_rows", "decode_context_lens", "is_pending"):
         assert getattr(first, name).data_ptr() == getattr(second, name).data_ptr()
+
+
+def test_prompts_stay_behind_the_places_for_decodes() -> None:
+    batch = make().put(MIXED, GraphShape(4, 8, 3))
+    assert batch.num_decodes == 4
+    assert batch.input_ids[1:].tolist() == [11, 0, 0, 21, 22, 23, 31, 32, 0, 0, 0]
+    assert batch.positions.tolist() == [7, 4, 0, 0, 2, 3, 4, 0, 1, 0, 0, 0]
+    assert batch.token_first_rows.tolist() == [31, 1, 0, 0, 11, 11, 11, 21, 21, 0, 0, 0]
+    assert batch.decode_first_rows.tolist() == [31, 1, 0, 0]
+    assert batch.decode_context_lens.tolist() == [8, 5, 1, 1]
+    assert batch.query_starts.tolist() == [0, 3, 5, 5]
+    assert batch.prefill_first_rows.tolist() == [11, 21, 0]
+    assert batch.prefill_context_lens.tolist() == [5, 2, 1]
+    assert batch.max_query_len == 8
+    assert batch.sample_indices is not None
+    assert batch.sample_indices.tolist() == [0, 1, 8, 0, 0, 0, 0]
 
 
 def test_the_largest_step_fits() -> None:
@@ -91,13 +107,48 @@ def test_the_largest_step_fits() -> None:
     pieces = tuple(Piece(f"r{slot}", slot, 0, (1,) * 8, samples=True) for slot in range(8))
     batch = inputs.put(StepPlan(1, pieces, 0))
     assert batch.query_starts.tolist() == list(range(0, 65, 8))
+    for shape in graph_shapes(8, 64):
+        inputs.put(StepPlan(0, (), 0), shape)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 9, 64, 250, 256])
-def test_graph_sizes_reach_the_largest_step_and_waste_little(most: int) -> None:
-    sizes = graph_sizes(most)
+def test_decodes_are_filled_up_little(most: int) -> None:
+    sizes = decode_sizes(most)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == most
     for count in range(1, most + 1):
         size = min(size for size in sizes if size >= count)
         assert size - count < max(8, count)
+
+
+def _plan(decodes: int, *prompts: int, samples: bool = True) -> StepPlan:
+    pieces = [one(slot, 9, 1, samples) for slot in range(decodes)]
+    pieces += [Piece(f"p{index}", 99, 0, (1,) * count, True) for index, count in enumerate(prompts)]
+    return StepPlan(1, tuple(pieces), decodes)
+
+
+@pytest.mark.parametrize(
+    ("plan", "shape"),
+    [
+        (_plan(1), GraphShape(1)),
+        (_plan(3), GraphShape(4)),
+        (_plan(65), GraphShape(72)),
+        (_plan(256), GraphShape(256)),
+        (_plan(3, samples=False), None),
+        (_plan(0, 5), GraphShape(0, 32, MAX_PIECES)),
+        (_plan(0, 32), GraphShape(0, 32, MAX_PIECES)),
+        (_plan(40, 20, 13), GraphShape(64, 64, MAX_PIECES)),
+        (_plan(256, 512), GraphShape(256, 512, MAX_PIECES)),
+        (_plan(7, 513), None),
+        (_plan(7, *[2] * (MAX_PIECES + 1)), None),
+    ],
+)
+def test_the_smallest_graph_that_holds_a_step(plan: StepPlan, shape: GraphShape | None) -> None:
+    assert GraphShapes(graph_shapes(256, 8192)).fitting(plan) == shape
+
+
+def test_no_graph_is_larger_than_a_step_may_be() -> None:
+    shapes = graph_shapes(8, 64)
+    assert max(shape.tokens for shape in shapes) <= 64
+    assert shapes[0].tokens == max(shape.tokens for shape in shapes), "the largest is captured first"
+    assert GraphShapes(()).fitting(_plan(1)) is None

@@ -1,0 +1,176 @@
+"""The least time a workload can take on a device: its bytes and FLOPs, counted, over measured ceilings.
+
+Counted are what no implementation avoids: every matrix product, attention over the causal half, the
+weights once for each token of the longest answer, and each answer token's reading of the KV before it.
+Prefix sharing, speculation and quantisation would change the count; nothing here uses them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.bench.workload import BenchError, PlannedRequest, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What a device reaches at best, measured: bytes/s read from memory, FLOP/s of bf16 products."""
+
+    name: str
+    bytes_per_s: float
+    flop_per_s: float
+
+
+# H100: a device copy, and an 8192 x 8192 x 8192 bf16 product through cuBLAS (ARCHITECTURE.md).
+CEILINGS = {"h100": Ceiling("NVIDIA H100 80GB HBM3", 3.0e12, 798e12)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes that count, of a decoder of the Llama shape in a 16-bit type."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    bytes_per_value: int = 2
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """From the fields of a Hugging Face `config.json`.
+
+        Raises:
+            BenchError: a field is missing.
+        """
+        try:
+            heads = int(config["num_attention_heads"])
+            return cls(
+                hidden=int(config["hidden_size"]),
+                intermediate=int(config["intermediate_size"]),
+                layers=int(config["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+                vocab=int(config["vocab_size"]),
+            )
+        except KeyError as error:
+            raise BenchError(
+                f"the model's configuration has no {error}: it is not of the Llama shape"
+            ) from error
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the products of all layers."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the product that makes logits."""
+        return self.hidden * self.vocab
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
+
+    @property
+    def weight_bytes(self) -> int:
+        """What one decode step reads of the weights; of the embedding it reads a row a token."""
+        return (self.layer_weights + self.head_weights) * self.bytes_per_value
+
+    def attention_flop(self, pairs: float) -> float:
+        """Of that many (query, key) pairs in all layers: scores and values, 2 FLOPs a product."""
+        return 4.0 * self.layers * self.heads * self.head_dim * pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least a workload can cost.
+
+    Attributes:
+        flop, read_bytes: of the whole workload.
+        floor_s: no schedule is faster: compute and memory both busy all the time, and no request faster
+            than it would be alone from its arrival on.
+        phases_s: all prefills at the FLOP ceiling, then all decodes at the byte ceiling: what a schedule
+            that never overlaps the two can reach.
+    """
+
+    flop: float
+    read_bytes: float
+    floor_s: float
+    phases_s: float
+    ceiling: Ceiling
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for the result line."""
+        return asdict(self)
+
+
+def floor_of(workload: Workload, shape: ModelShape, ceiling: Ceiling) -> Floor:
+    """Bytes, FLOPs and times of a workload that runs as one batch wherever arrivals allow it."""
+    prefill_flop = sum(_prefill_flop(r, shape) for r in workload.requests)
+    decode_flop = sum(_decode_flop(r, shape) for r in workload.requests)
+    steps = max(r.output_tokens - 1 for r in workload.requests)
+    kv_bytes = sum(_decode_kv_bytes(r, shape) for r in workload.requests)
+    read_bytes = (1 + steps) * shape.weight_bytes + kv_bytes
+    decode_s = max((read_bytes - shape.weight_bytes) / ceiling.bytes_per_s, decode_flop / ceiling.flop_per_s)
+    phases_s = prefill_flop / ceiling.flop_per_s + decode_s
+    flop = prefill_flop + decode_flop
+    alone_s = max(r.arrival_s + _alone_s(r, shape, ceiling) for r in workload.requests)
+    floor_s = max(flop / ceiling.flop_per_s, read_bytes / ceiling.bytes_per_s, alone_s)
+    return Floor(flop, read_bytes, floor_s, max(phases_s, floor_s), ceiling)
+
+
+def _prefill_flop(request: PlannedRequest, shape: ModelShape) -> float:
+    tokens = request.prompt_tokens
+    pairs = tokens * (tokens + 1) / 2
+    return 2.0 * (tokens * shape.layer_weights + shape.head_weights) + shape.attention_flop(pairs)
+
+
+def _contexts(request: PlannedRequest) -> float:
+    """Keys that all decode steps of a request read, its own token's included."""
+    steps = request.output_tokens - 1
+    return steps * request.prompt_tokens + steps * (steps + 1) / 2
+
+
+def _decode_flop(request: PlannedRequest, shape: ModelShape) -> float:
+    steps = request.output_tokens - 1
+    products = 2.0 * steps * (shape.layer_weights + shape.head_weights)
+    return products + shape.attention_flop(_contexts(request))
+
+
+def _decode_kv_bytes(request: PlannedRequest, shape: ModelShape) -> float:
+    return _contexts(request) * shape.kv_bytes_per_token
+
+
+def _alone_s(request: PlannedRequest, shape: ModelShape, ceiling: Ceiling) -> float:
+    """One request with the device to itself: its prefill, then a step for each further token."""
+    prefill_s = max(
+        _prefill_flop(request, shape) / ceiling.flop_per_s, shape.weight_bytes / ceiling.bytes_per_s
+    )
+    read = (request.output_tokens - 1) * shape.weight_bytes + _decode_kv_bytes(request, shape)
+    return prefill_s + read / ceiling.bytes_per_s
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The shape in a `config.json`, or in a directory that has one.
+
+    Raises:
+        BenchError: it cannot be read.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchError(f"--model-config {file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise BenchError(f"--model-config {file} is not a JSON object")
+    return ModelShape.from_config(config)

@@ -1,0 +1,90 @@
+"""Which steps replay a CUDA graph, and what size each is filled up to.
+
+A graph has fixed sizes: decodes, prompt tokens, pieces of prompts. There is one for every few decodes,
+since most steps are decodes alone, and a coarser grid for decodes beside short pieces of prompts. Longer
+pieces keep the GPU busy for longer than launching their kernels takes (12 ms for Llama-3.1-8B, which is
+what 512 tokens compute on an H100), and are launched one by one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.messages import StepPlan
+
+_PROMPT_TOKENS = (32, 64, 128, 256, 512)
+MAX_PIECES = 16  # pieces of prompts in a graph; each costs one more row of logits
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GraphShape:
+    """The fixed sizes of a graph: `decodes` tokens of their own, then `prompt_tokens` in `pieces` pieces."""
+
+    decodes: int
+    prompt_tokens: int = 0
+    pieces: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step."""
+        return self.decodes + self.prompt_tokens
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits."""
+        return self.decodes + self.pieces
+
+
+class GraphShapes:
+    """The shapes that steps are filled up to.
+
+    Args:
+        shapes: any; a step takes the one with the fewest decodes, then the fewest prompt tokens.
+    """
+
+    def __init__(self, shapes: Iterable[GraphShape]) -> None:
+        self._decodes = sorted(shape.decodes for shape in shapes if not shape.pieces)
+        self._beside_prompts = sorted({shape.decodes for shape in shapes if shape.pieces})
+        self._shapes = frozenset(shapes)
+
+    def fitting(self, plan: StepPlan) -> GraphShape | None:
+        """The smallest shape that holds the plan, or None."""
+        decodes, pieces = plan.num_decodes, len(plan.pieces) - plan.num_decodes
+        if not pieces:
+            size = _at_least(self._decodes, decodes)
+            return None if size is None or plan.num_rows != decodes else GraphShape(size)
+        size = _at_least(self._beside_prompts, decodes)
+        tokens = _at_least(_PROMPT_TOKENS, plan.num_tokens - decodes)
+        if size is None or tokens is None or pieces > MAX_PIECES:
+            return None
+        shape = GraphShape(size, tokens, MAX_PIECES)
+        return shape if shape in self._shapes else None
+
+
+def decode_sizes(max_sequences: int) -> list[int]:
+    """Numbers of decodes to capture: few enough to start fast, close enough to waste little.
+
+    A step of decodes alone is filled up by seven rows at most.
+    """
+    sizes = {1, 2, 4, *range(8, max_sequences, 8), max_sequences}
+    return sorted(size for size in sizes if size <= max_sequences)
+
+
+def graph_shapes(max_sequences: int, max_tokens: int) -> list[GraphShape]:
+    """Every shape to capture for an engine of those limits, the largest first."""
+    beside = {0, 8, 16, *range(32, max_sequences, 32), max_sequences}
+    mixed = [
+        GraphShape(decodes, tokens, MAX_PIECES)
+        for decodes in beside
+        for tokens in _PROMPT_TOKENS
+        if decodes <= max_sequences and decodes + tokens <= max_tokens
+    ]
+    shapes = [GraphShape(size) for size in decode_sizes(max_sequences)] + mixed
+    return sorted(shapes, key=lambda shape: (shape.tokens, shape.rows), reverse=True)
+
+
+def _at_least(sizes: tuple[int, ...] | list[int], count: int) -> int | None:
+    at = bisect_left(sizes, count)
+    return sizes[at] if at < len(sizes) else None

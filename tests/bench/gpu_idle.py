@@ -1,0 +1,148 @@
+"""How much of a steady decode the GPU spends between kernels, from CUPTI's records of every kernel.
+
+Two figures, because recording costs time itself: idle within the recorded span, and kernel time of a
+step over the duration of a step that was not recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.bench.workload import Workload
+from tests.bench.in_process import BallonetStepper
+
+_BUSY_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
+_SETTLE_TOKENS = 4  # by then every prefill is over
+_UNRECORDED_STEPS = 40
+_RECORDED_STEPS = 30
+_TOP_KERNELS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Idle share of steady decoding.
+
+    Attributes:
+        recorded_idle: share of the recorded span in which no kernel or copy ran.
+        unrecorded_idle: 1 - kernel time of a step / duration of a step without recording; below 0 if
+            recording slowed the kernels themselves.
+        kernels_ms: (name, ms a step) of the kernels that take most.
+    """
+
+    batch: int
+    step_ms: float
+    recorded_step_ms: float
+    busy_ms_per_step: float
+    recorded_idle: float
+    unrecorded_idle: float
+    kernels_per_step: float
+    kernels_ms: tuple[tuple[str, float], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length that (start, end) intervals cover together; overlaps count once."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def device_events(trace: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """(name, start, end) in microseconds of all that ran on the device, of a chrome trace."""
+    return [
+        (event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+        for event in trace["traceEvents"]
+        if event.get("ph") == "X" and event.get("cat") in _BUSY_KINDS
+    ]
+
+
+def idle_of(events: list[tuple[str, float, float]], batch: int, step_ms: float, recorded_steps: int) -> Idle:
+    """The figures of recorded events.
+
+    Raises:
+        ValueError: nothing was recorded.
+    """
+    if not events:
+        raise ValueError("the profiler recorded no kernel: is CUPTI there?")
+    spans = [(start, end) for _, start, end in events]
+    span_us = max(end for _, end in spans) - min(start for start, _ in spans)
+    busy_us = union_length(spans)
+    totals: Counter[str] = Counter()
+    for name, start, end in events:
+        totals[name] += end - start  # type: ignore[assignment]
+    busy_ms = busy_us / recorded_steps / 1e3
+    return Idle(
+        batch=batch,
+        step_ms=step_ms,
+        recorded_step_ms=span_us / recorded_steps / 1e3,
+        busy_ms_per_step=busy_ms,
+        recorded_idle=1 - busy_us / span_us,
+        unrecorded_idle=1 - busy_ms / step_ms,
+        kernels_per_step=len(events) / recorded_steps,
+        kernels_ms=tuple(
+            (name[:90], round(us / recorded_steps / 1e3, 4)) for name, us in totals.most_common(_TOP_KERNELS)
+        ),
+    )
+
+
+def steady_decode_idle(engine: BallonetStepper, workload: Workload) -> Idle:
+    """Idle share with all requests of the workload decoding at once. Cancels them at the end.
+
+    Raises:
+        RuntimeError: a request ended before the measurement did: its output is too short.
+    """
+    import torch
+
+    batch = len(workload.requests)
+    tokens: Counter[str] = Counter()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            engine.step()
+            for gain in engine.gains():
+                tokens[gain.request_id] += gain.num_tokens
+                if gain.finished:
+                    raise RuntimeError(f"request {gain.request_id} ended: give the workload longer outputs")
+
+    for index, request in enumerate(workload.requests):
+        engine.submit(f"idle-{index}", workload.token_ids(request), request.output_tokens)
+    while len(tokens) < batch or min(tokens.values()) < _SETTLE_TOKENS:
+        steps(1)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    steps(_UNRECORDED_STEPS)
+    torch.cuda.synchronize()
+    step_ms = (time.perf_counter() - started) / _UNRECORDED_STEPS * 1e3
+    _record(lambda: steps(2))  # the first recording pays for starting CUPTI
+    events = _record(lambda: steps(_RECORDED_STEPS))
+    for index in range(batch):
+        engine.engine.cancel(f"idle-{index}")
+    while engine.step():
+        engine.gains()
+    return idle_of(events, batch, step_ms, _RECORDED_STEPS)
+
+
+def _record(work: Callable[[], None]) -> list[tuple[str, float, float]]:
+    """Device events of `work` and of what it left running."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        return device_events(json.loads(file.read_text()))

@@ -1,0 +1,54 @@
+"""One row times a matrix against float64, at widths around and across a program's block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.numerics.cases import DTYPES, Backend, assert_close, poisoned_like, random, strided
+
+SHAPES = [(1, 1), (7, 16), (33, 100), (16, 576), (5, 4096), (9, 4097), (20, 5120), (3, 14336)]
+
+
+def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product = x.double().cpu() @ weight.double().cpu().t()
+    return product if bias is None else product + bias.double().cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_out", "num_in"), SHAPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_matvec(backend: Backend, num_out: int, num_in: int, has_bias: bool, dtype: torch.dtype) -> None:
+    where = {"dtype": dtype, "device": backend.device}
+    x = random(1, num_in, **where)
+    weight = strided(random(num_out, num_in, **where) * num_in**-0.5)
+    bias = random(num_out, **where) if has_bias else None
+    out = poisoned_like(random(1, num_out, **where))
+    assert backend.kernels.matvec(x, weight, bias, out) is out
+    assert_close(out, expected(x, weight, bias))
+
+
+def test_wrong_arguments_are_named(device: torch.device) -> None:
+    from kernels import triton_backend
+
+    x, weight = torch.zeros(1, 32, device=device), torch.zeros(8, 32, device=device)
+    good = {"x": x, "weight": weight, "bias": None, "out": torch.zeros(1, 8, device=device)}
+    triton_backend.matvec(**good)
+    bad = {
+        "x": torch.zeros(2, 32, device=device),
+        "weight": weight.t(),
+        "bias": torch.zeros(7, device=device),
+        "out": torch.zeros(1, 8, dtype=torch.float16, device=device),
+    }
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            triton_backend.matvec(**{**good, name: value})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_out", "num_in"), [(6144, 4096), (4096, 14336), (128256, 4096)])
+def test_llama_8b(backend: Backend, num_out: int, num_in: int) -> None:
+    where = {"dtype": torch.bfloat16, "device": backend.device}
+    x, weight = random(1, num_in, **where), random(num_out, num_in, **where) * num_in**-0.5
+    out = backend.kernels.matvec(x, weight, None, poisoned_like(random(1, num_out, **where)))
+    assert_close(out, expected(x, weight, None))
