@@ -25,7 +25,7 @@ from engine.memory.pool import MemoryPool
 from engine.memory.vmm import VirtualMemory
 from engine.messages import EngineInfo, Piece, SamplingParams, StepPlan
 from engine.model.buffers import activation_specs
-from engine.model.graphs import GraphShape, graph_shapes
+from engine.model.graphs import GraphShape, cuda_graph_recorder, graph_shapes
 from engine.model.loader import LoadedModel, ModelFacts, load_model, read_model
 from engine.model.runner import ModelRunner
 from engine.model.sampler import Sampler, SampleRow
@@ -150,7 +150,8 @@ def _capture_graphs(
     if not fitting or not all(pool.reserve([], shape.tokens, shape.rows) for shape in fitting):
         return
     free, _ = torch.cuda.mem_get_info()
-    runner.capture(tqdm(fitting, desc="capturing CUDA graphs", unit="graph", disable=None))
+    progress = tqdm(fitting, desc="capturing CUDA graphs", unit="graph", disable=None)
+    runner.capture(progress, cuda_graph_recorder(torch.device("cuda", torch.cuda.current_device())))
     used = free - torch.cuda.mem_get_info()[0]
     logger.info(
         "captured %d CUDA graphs in %.1f s; they hold %.0f MiB", len(fitting), clock() - started, used / MIB

@@ -9,10 +9,14 @@ what 512 tokens compute on an H100), and are launched one by one.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
+
 from engine.messages import StepPlan
+
+Record = Callable[[Callable[[], object]], Callable[[], object]]
 
 _PROMPT_TOKENS = (32, 64, 128, 256, 512)
 MAX_PIECES = 16  # pieces of prompts in a graph; each costs one more row of logits
@@ -83,6 +87,25 @@ def graph_shapes(max_sequences: int, max_tokens: int) -> list[GraphShape]:
     ]
     shapes = [GraphShape(size) for size in decode_sizes(max_sequences)] + mixed
     return sorted(shapes, key=lambda shape: (shape.tokens, shape.rows), reverse=True)
+
+
+def cuda_graph_recorder(device: torch.device) -> Record:
+    """A function that takes work apart into a CUDA graph, and returns what replays it.
+
+    The work is done once before it is recorded, so that cuBLAS has chosen its kernels. All graphs share
+    one pool for what cuBLAS and torch allocate inside them.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Callable[[], object]) -> Callable[[], object]:
+        work()
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    return record
 
 
 def _at_least(sizes: tuple[int, ...] | list[int], count: int) -> int | None:

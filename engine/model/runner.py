@@ -7,13 +7,14 @@ longer than the kernels themselves (14 ms against 8 at 64 sequences).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from engine.messages import StepPlan
 from engine.model.decoder import Batch, Decoder
-from engine.model.graphs import GraphShape, GraphShapes
+from engine.model.graphs import GraphShape, GraphShapes, Record
 from engine.model.inputs import StepInputs
 
 
@@ -62,7 +63,7 @@ class ModelRunner:
         self._last_tokens = last_tokens
         self._inputs = StepInputs(device, kv_cache, max_tokens, max_sequences)
         self._gathered = torch.zeros(max_sequences, dtype=torch.int64, device=device)
-        self._graphs: dict[GraphShape, torch.cuda.CUDAGraph] = {}
+        self._replays: dict[GraphShape, Callable[[], object]] = {}
         self._shapes = GraphShapes(())
 
     @torch.inference_mode()
@@ -74,7 +75,7 @@ class ModelRunner:
         if shape is None or not self._arena.is_backed(shape.tokens, shape.rows):
             return self._forward(self._inputs.put(plan), plan.num_tokens, plan.num_rows)
         self._inputs.put(plan, shape)
-        self._graphs[shape].replay()
+        self._replays[shape]()
         return self._arena.buffers(shape.tokens, shape.rows)["logits"]
 
     def synchronize(self) -> None:
@@ -91,22 +92,16 @@ class ModelRunner:
         return event.synchronize
 
     @torch.inference_mode()
-    def capture(self, shapes: Iterable[GraphShape]) -> None:
-        """Record a CUDA graph of a step for each shape. Largest first, they share the most memory.
+    def capture(self, shapes: Iterable[GraphShape], record: Record) -> None:
+        """Record a step of each shape. Largest first, CUDA graphs share the most memory.
 
         Buffers for the largest must be backed, and stay at their addresses for good: chunks behind them
         may change, since a graph knows addresses only.
         """
-        pool = torch.cuda.graph_pool_handle()
         for shape in shapes:
             batch = self._inputs.put(StepPlan(0, (), 0), shape)
-            self._forward(batch, shape.tokens, shape.rows)  # cuBLAS chooses before it is recorded
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._forward(batch, shape.tokens, shape.rows)
-            self._graphs[shape] = graph
-        self._shapes = GraphShapes(self._graphs)
+            self._replays[shape] = record(partial(self._forward, batch, shape.tokens, shape.rows))
+        self._shapes = GraphShapes(self._replays)
 
     def _forward(self, batch: Batch, num_tokens: int, num_rows: int) -> torch.Tensor:
         count = batch.num_decodes
