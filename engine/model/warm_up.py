@@ -25,18 +25,23 @@ def compile_kernels(facts: ModelFacts, geometry: KvGeometry, max_sequences: int)
     """Run each kernel of the model once. Does nothing on a CPU, whose kernels are compiled already."""
     if facts.device.type != "cuda":
         return
+    todo = works(facts, geometry, max_sequences)
+    with ThreadPoolExecutor(len(todo), initializer=lambda: torch.cuda.set_device(facts.device)) as threads:
+        for future in [threads.submit(work) for work in todo]:
+            future.result()
+    torch.cuda.synchronize(facts.device)
+
+
+def works(facts: ModelFacts, geometry: KvGeometry, max_sequences: int) -> list[Callable[[], None]]:
+    """Independent pieces of work that together launch every kernel of the model."""
     tensors = _Tensors(facts, geometry, max_sequences)
-    works: list[Callable[[], None]] = [
+    return [
         lambda: _run_prefill(facts, tensors),
         lambda: _run_decode(facts, tensors),
         lambda: _run_small(facts, tensors),
         lambda: _run_matvec(facts),
         lambda: _run_sampler(facts),
     ]
-    with ThreadPoolExecutor(len(works), initializer=lambda: torch.cuda.set_device(facts.device)) as threads:
-        for future in [threads.submit(work) for work in works]:
-            future.result()
-    torch.cuda.synchronize(facts.device)
 
 
 class _Tensors:

@@ -1,0 +1,84 @@
+"""A program that compiles every kernel of a model for sm_90 without a GPU, and prints what became of each.
+
+`python -m tests.numerics.kernel_assembly CONFIG_DIR`, without TRITON_INTERPRET: one line of JSON, kernel
+name -> accesses to local memory (LDL, STL), which are spilled registers. The launchers are the engine's own,
+called as its warm-up calls them; only the driver below them is made up. (The Hopper prefill kernel wants
+tensors on a GPU: `prefill_assembly` compiles that one.)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import kernels.checks
+
+SHARED_BYTES, MULTIPROCESSORS = 232_448, 132  # of an H100
+
+
+class NoGpu:
+    """A driver for an H100 that is not there: it keeps what is loaded, and runs nothing."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[str, bytes]] = []
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": MULTIPROCESSORS}
+
+    def load_binary(self, name: str, code: bytes, *_: Any) -> tuple[int, int, int, int, int]:
+        self.loaded.append((name, code))
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        """Nothing was loaded."""
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *_: None
+
+
+def main(config_dir: str) -> None:
+    driver = NoGpu()
+    triton.runtime.driver.set_active(driver)
+    kernels.checks.require_launchable = lambda name, tensor: None
+    # Imported only now: they take the check above by name.
+    from engine.config import EngineConfig, ModelSource
+    from engine.memory.kv_cache import KvGeometry
+    from engine.model import warm_up
+    from engine.model.loader import ModelFacts, read_model
+    from kernels import decode_plan, kv_tile, sampling, triton_backend
+    from tests.numerics.prefill_assembly import disassemble
+
+    kv_tile._shared_bytes = lambda device: SHARED_BYTES
+    decode_plan._num_sms = lambda device: MULTIPROCESSORS
+    sampling._part = lambda device: sampling._PART
+    found = read_model(EngineConfig(ModelSource("model", config_dir, load_format="dummy")))
+    facts = ModelFacts(found.config, triton_backend, torch.device("cpu"), torch.bfloat16, 256)
+    config = facts.config
+    geometry = KvGeometry.choose(config.num_layers, config.num_kv_heads, config.head_dim, 2, 2 << 20)
+    for work in warm_up.works(facts, geometry, max_sequences=4):
+        work()
+    counts: Counter[str] = Counter()
+    for name, code in driver.loaded:
+        counts[name] += len(re.findall(r"\b(?:LDL|STL)\b", disassemble(code)))
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
