@@ -59,7 +59,7 @@ def build_engine(
     specs = activation_specs(facts.config, facts.dtype, facts.kernels, limits.max_num_seqs)
     vm, total = make_driver(facts.device, geometry.chunk_bytes, config.memory)
     max_model_len = _fit_model_len(config, facts.config.max_context, geometry, specs, total)
-    shapes = _graph_shapes(config, facts.device)
+    shapes = _graph_shapes(config, model)
     pool = MemoryPool(
         vm,
         total,
@@ -97,10 +97,11 @@ def _runner(model: LoadedModel, pool: MemoryPool, sampler: Sampler, limits: Sche
     )
 
 
-def _graph_shapes(config: EngineConfig, device: torch.device) -> list[GraphShape]:
-    if device.type != "cuda" or config.enforce_eager:
+def _graph_shapes(config: EngineConfig, model: LoadedModel) -> list[GraphShape]:
+    if model.facts.device.type != "cuda" or config.enforce_eager:
         return []
-    return graph_shapes(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
+    limits, num_weights = config.scheduler, model.weight_bytes / model.facts.dtype.itemsize
+    return graph_shapes(limits.max_num_seqs, limits.max_num_batched_tokens, num_weights)
 
 
 def _describe(

@@ -41,7 +41,7 @@ class Ahead:
 
     def _record_all(self) -> None:
         pool, runner = self.engine._pool, self.engine._runner
-        shapes = [shape for shape in graph_shapes(6, 48) if pool.fits_step(shape.tokens, shape.rows)]
+        shapes = [shape for shape in graph_shapes(6, 48, 8e9) if pool.fits_step(shape.tokens, shape.rows)]
         for shape in shapes:
             assert pool.reserve([], shape.tokens, shape.rows)
         todo = iter(shapes)

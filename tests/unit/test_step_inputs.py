@@ -107,18 +107,18 @@ def test_the_largest_step_fits() -> None:
     pieces = tuple(Piece(f"r{slot}", slot, 0, (1,) * 8, samples=True) for slot in range(8))
     batch = inputs.put(StepPlan(1, pieces, 0))
     assert batch.query_starts.tolist() == list(range(0, 65, 8))
-    for shape in graph_shapes(8, 64):
+    for shape in graph_shapes(8, 64, 8e9):
         inputs.put(StepPlan(0, (), 0), shape)
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 9, 64, 250, 256])
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 9, 64, 250, 256, 1000])
 def test_decodes_are_filled_up_little(most: int) -> None:
     sizes = decode_sizes(most)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == most
     for count in range(1, most + 1):
         size = min(size for size in sizes if size >= count)
-        assert size - count < max(8, count)
+        assert size - count < max(min(8, count), count / 16 + 1)
 
 
 def _plan(decodes: int, *prompts: int, samples: bool = True) -> StepPlan:
@@ -144,11 +144,24 @@ def _plan(decodes: int, *prompts: int, samples: bool = True) -> StepPlan:
     ],
 )
 def test_the_smallest_graph_that_holds_a_step(plan: StepPlan, shape: GraphShape | None) -> None:
-    assert GraphShapes(graph_shapes(256, 8192)).fitting(plan) == shape
+    assert GraphShapes(graph_shapes(256, 8192, 8.03e9)).fitting(plan) == shape
+
+
+def test_graphs_stay_few() -> None:
+    assert len(graph_shapes(256, 8192, 8.03e9)) == 90
+    assert len(graph_shapes(1024, 8192, 8e9)) < 180
+
+
+def test_a_small_model_has_graphs_for_longer_prompts() -> None:
+    longest = {
+        weights: max(shape.prompt_tokens for shape in graph_shapes(64, 8192, weights))
+        for weights in (70e9, 8e9, 4e9, 0.6e9, 0.1e9)
+    }
+    assert longest == {70e9: 64, 8e9: 512, 4e9: 1024, 0.6e9: 4096, 0.1e9: 4096}
 
 
 def test_no_graph_is_larger_than_a_step_may_be() -> None:
-    shapes = graph_shapes(8, 64)
+    shapes = graph_shapes(8, 64, 8e9)
     assert max(shape.tokens for shape in shapes) <= 64
     assert shapes[0].tokens == max(shape.tokens for shape in shapes), "the largest is captured first"
     assert GraphShapes(()).fitting(_plan(1)) is None
