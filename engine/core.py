@@ -195,7 +195,7 @@ class Engine:
         self._publish([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost + queued])
 
     def step(self) -> bool:
-        """One turn: launch a step, and commit those that need not run any longer; False if idle."""
+        """One turn: launch the next step, then read and commit those before it; False if idle."""
         started = self._clock()
         busy = self._apply_orders()
         if self._num_steps % _ASK_AGAIN_STEPS == 0:

@@ -138,12 +138,12 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens the step computes."""
-        return sum(len(piece.token_ids) for piece in self.pieces)
+        return self.num_decodes + sum([len(piece.token_ids) for piece in self.pieces[self.num_decodes :]])
 
     @property
     def num_rows(self) -> int:
         """Rows of logits the step needs."""
-        return sum(piece.samples for piece in self.pieces)
+        return sum([piece.samples for piece in self.pieces])
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,20 @@ class Draft:
         self._kv_chunks += chunks
         return True
 
+    def try_add_decodes(self, sequences: list[Sequence]) -> bool:
+        """Add the next token of all these running sequences to an empty draft, or of none.
+
+        The same as `try_add` of each, which nearly always succeeds, at a tenth of its time.
+        """
+        count = len(sequences)
+        chunks = self._pool.kv.num_missing([(_slot(seq), seq.num_computed + 1) for seq in sequences])
+        if count > self._max_tokens or chunks > self._pool.room_for_kv(count, count):
+            return False
+        self.pieces = [(seq, 1, True) for seq in sequences]
+        self.num_tokens = self._num_rows = count
+        self._kv_chunks = chunks
+        return True
+
 
 class Scheduler:
     """Drafts steps and keeps the books of every sequence.
@@ -173,8 +187,11 @@ class Scheduler:
 
     def _add_running(self, draft: Draft) -> bool:
         """One token for every running sequence; whether somebody was preempted for it."""
+        running = [seq for seq in self._active if seq.state is State.RUNNING and not self._is_complete(seq)]
+        if draft.try_add_decodes(running):
+            return False
         preempted = False
-        for seq in [s for s in self._active if s.state is State.RUNNING and not self._is_complete(s)]:
+        for seq in running:
             while seq.state is State.RUNNING and not draft.try_add(seq, 1):
                 self.preempt(self._active[-1])  # never one already in the draft: those arrived earlier
                 preempted = True
@@ -237,7 +254,7 @@ class Scheduler:
                 seq.request_id,
                 _slot(seq),
                 seq.num_computed,
-                seq.tokens(seq.num_computed, seq.num_computed + count),
+                seq.next_tokens(count),
                 samples,
             )
             for seq, count, samples in ordered
@@ -267,7 +284,9 @@ class Scheduler:
 
     def _is_complete(self, seq: Sequence) -> bool:
         """Whether the tokens in flight are its last ones, whatever they turn out to be."""
-        return seq.num_outputs >= seq.sampling.max_tokens or seq.num_tokens >= self._max_model_len
+        request, num_outputs = seq.request, len(seq.output_token_ids) + seq.num_in_flight
+        num_tokens = len(request.prompt_token_ids) + num_outputs
+        return num_outputs >= request.sampling.max_tokens or num_tokens >= self._max_model_len
 
     def _remove(self, seq: Sequence) -> None:
         if seq.slot is None:

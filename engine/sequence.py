@@ -72,6 +72,12 @@ class Sequence:
         """Prompt and output, tokens in flight included."""
         return len(self.request.prompt_token_ids) + self.num_outputs
 
+    def next_tokens(self, count: int) -> tuple[int, ...]:
+        """The first `count` tokens whose KV is not in the slot; PENDING_TOKEN for those in flight."""
+        if count == 1 and self.state is State.RUNNING:
+            return (PENDING_TOKEN,) if self.num_in_flight else (self.output_token_ids[-1],)
+        return self.tokens(self.num_computed, self.num_computed + count)
+
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens at positions start .. end - 1 of prompt and output; PENDING_TOKEN for those in flight."""
         prompt = self.request.prompt_token_ids

@@ -11,6 +11,7 @@ each range a valid pointer (drivers and launchers ask about it), and is where pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,6 +169,10 @@ class KvCache:
         """Rows of the slot that are backed, the same in every layer group."""
         return self._slot_rows[slot]
 
+    def capacity(self, slot: int) -> int:
+        """Tokens that fit in what is backed of the slot."""
+        return self._slot_rows[slot] * self.geometry.tokens_per_chunk
+
     def num_warm_rows(self, slot: int, limit: int) -> int:
         """Rows of an empty slot that need no driver call, counted from its beginning up to `limit`."""
         tensor, first = self.tensors[0], self.first_row(slot)
@@ -175,6 +180,14 @@ class KvCache:
         while count < limit and tensor.can_adopt(first + count):
             count += 1
         return count
+
+    def num_missing(self, growth: Sequence[tuple[int, int]]) -> int:
+        """Chunks that slots lack before they can hold so many tokens: (slot, tokens) of each."""
+        per_row, rows = self.geometry.tokens_per_chunk, self._slot_rows
+        missing = [
+            -(-tokens // per_row) - rows[slot] for slot, tokens in growth if tokens > rows[slot] * per_row
+        ]
+        return self.geometry.num_groups * sum(missing)
 
     def missing(self, slot: int, num_tokens: int) -> list[tuple[VirtualTensor, int]]:
         """What to back before the slot can hold `num_tokens` tokens."""

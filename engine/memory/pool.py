@@ -87,8 +87,7 @@ class MemoryPool:
 
     def chunks_to_grow(self, slot: int, num_tokens: int) -> int:
         """Chunks the slot lacks to hold `num_tokens` tokens."""
-        g = self.kv.geometry
-        return g.num_groups * max(0, g.rows_for(num_tokens) - self.kv.num_rows(slot))
+        return self.kv.num_missing(((slot, num_tokens),))
 
     def open_slot(self, num_tokens: int) -> int | None:
         """An empty slot, or None. Best fit (eLLM): the fewest warm rows that still cover the sequence."""
@@ -123,7 +122,8 @@ class MemoryPool:
             for row in self.arena.missing_rows(self.arena.chunks_for(num_tokens, num_rows))
         ]
         for slot, tokens in growth:
-            wanted += self.kv.missing(slot, tokens)
+            if tokens > self.kv.capacity(slot):
+                wanted += self.kv.missing(slot, tokens)
         kv_chunks = sum(tensor is not self.arena.tensor for tensor, _ in wanted)
         if kv_chunks > self.room_for_kv(num_tokens, num_rows) or not self._back(wanted, num_tokens, num_rows):
             return False
