@@ -199,10 +199,16 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width:], out=out)
 
 
-def matvec(
+def skinny_matmul(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> torch.Tensor:
-    """out = x @ weight.T + bias for one row x (1, in), weight (out, in), bias (out,); out (1, out)."""
-    product = torch.mv(weight.float(), x[0].float())
-    out[0] = product if bias is None else product + bias.float()
-    return out
+    """out = x @ weight.T + bias for a few rows.
+
+    Args:
+        x: (rows, in), 16 rows at most.
+        weight: (out, in), rows packed.
+        bias: (out,) or None.
+        out: (rows, out), written and returned.
+    """
+    product = x.float() @ weight.float().t()
+    return out.copy_(product if bias is None else product + bias.float())

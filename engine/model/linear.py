@@ -1,10 +1,10 @@
 """A linear layer in the form its device multiplies fastest.
 
 In plain PyTorch: weights as (out, in), `torch.mm` into the caller's buffer. On a GPU the same, but for
-one row, which a kernel of our own reads from memory faster (a decode step of one sequence of
-Llama-3.1-8B: 5.1 ms of products instead of 5.6, H100). On a CPU oneDNN, because torch's own matmul runs a
-one-row product on one thread: 30 layers of SmolLM2 take 41 ms so, and 20 ms in oneDNN; at 16 rows 68 and
-29 ms (two Zen 4 cores, float32).
+few rows, for which a kernel of our own reads the weights faster (a decode step of one sequence of
+Llama-3.1-8B: 5.3 ms of products instead of 5.8, of 16 sequences 5.6 instead of 5.8; H100). On a CPU oneDNN,
+because torch's own matmul runs a one-row product on one thread: 30 layers of SmolLM2 take 41 ms so, and
+20 ms in oneDNN; at 16 rows 68 and 29 ms (two Zen 4 cores, float32).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from kernels.backend import for_device
 
+_SKINNY_ROWS = 16  # what `Kernels.skinny_matmul` takes
 # oneDNN lays packed weights out for one number of rows. A layout for 16 was as fast as or faster
 # than any other from 1 to 256 rows; a layout for 1 is the plain one.
 _PACKED_ROWS = 16
@@ -42,16 +43,18 @@ class Linear:
 
 
 class CudaLinear(Linear):
-    """The same on a GPU: one row by `Kernels.matvec`, more by cuBLAS."""
+    """The same on a GPU: a few rows by a kernel of our own, more by cuBLAS."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__(weight, bias)
         self._weight = weight
-        self._matvec = for_device(weight.device).matvec
+        self._multiply = for_device(weight.device).skinny_matmul
+        # float32 has no tensor cores at full precision: one row waits for memory, more would compute.
+        self._most_rows = _SKINNY_ROWS if weight.element_size() == 2 else 1
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] == 1:
-            return self._matvec(x, self._weight, self.bias, out)
+        if x.shape[0] <= self._most_rows:
+            return self._multiply(x, self._weight, self.bias, out)
         return super().__call__(x, out)
 
 

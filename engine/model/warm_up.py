@@ -39,7 +39,7 @@ def works(facts: ModelFacts, geometry: KvGeometry, max_sequences: int) -> list[C
         lambda: _run_prefill(facts, tensors),
         lambda: _run_decode(facts, tensors),
         lambda: _run_small(facts, tensors),
-        lambda: _run_matvec(facts),
+        lambda: _run_products(facts),
         lambda: _run_sampler(facts),
     ]
 
@@ -97,8 +97,8 @@ def _run_small(facts: ModelFacts, t: _Tensors) -> None:
 
 
 @torch.inference_mode()
-def _run_matvec(facts: ModelFacts) -> None:
-    """For each input width of a model's products; the output's width is a plain argument."""
+def _run_products(facts: ModelFacts) -> None:
+    """For each input width of a model's products; rows and outputs are plain arguments."""
     config = facts.config
     for width, bias in (
         (config.hidden_size, config.attention_bias),
@@ -107,9 +107,10 @@ def _run_matvec(facts: ModelFacts) -> None:
         (config.intermediate_size, config.mlp_bias),
         (config.hidden_size, False),
     ):
-        x, out = (torch.zeros(1, size, dtype=facts.dtype, device=facts.device) for size in (width, 16))
-        weight = torch.zeros(16, width, dtype=facts.dtype, device=facts.device)
-        facts.kernels.matvec(x, weight, out[0] if bias else None, out)
+        weight = torch.zeros(64, width, dtype=facts.dtype, device=facts.device)
+        for rows in (1, 2):
+            x, out = (torch.zeros(rows, size, dtype=facts.dtype, device=facts.device) for size in (width, 64))
+            facts.kernels.skinny_matmul(x, weight, out[0] if bias else None, out)
 
 
 def _run_sampler(facts: ModelFacts) -> None:

@@ -86,7 +86,7 @@ QWEN3_8B = {
 MOST_SPILLS = {"_peak_kernel": 80, "_draw_kernel": 80, "_prefill_kernel": 8}
 EXPECTED = {
     *("_plan_kernel", "_decode_kernel", "_join_kernel", "_prefill_kernel", "_rotary_kv_write_kernel"),
-    *("_norm_kernel", "_silu_and_mul_kernel", "_matvec_kernel"),
+    *("_norm_kernel", "_silu_and_mul_kernel", "_one_row_kernel", "_few_rows_kernel"),
     *("_peak_kernel", "search_kernel", "_draw_kernel", "_adjust_kernel"),
 }
 

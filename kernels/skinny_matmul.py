@@ -1,0 +1,148 @@
+"""A few rows times a matrix: decodes of few sequences. Semantics: `kernels.reference.skinny_matmul`.
+
+It takes as long as reading the weights, for one row as for sixteen. On an H100 in bfloat16, with weights too
+many for the cache, TB/s:
+
+    (out, in)        1 row: cuBLAS    here    16 rows: cuBLAS    here
+    6144 x 4096               2.31    2.72               2.37    2.48
+    4096 x 4096               1.98    2.47               1.95    2.33
+    28672 x 4096              2.80    3.02               2.75    2.81
+    4096 x 14336              2.58    2.68               2.53    2.62
+    128256 x 4096             2.76    3.15               2.75    2.99
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.checks import require, require_launchable, require_like
+from kernels.kv_tile import widens_operands
+
+_MAX_BLOCK = 4096  # inputs a program holds of one output at once
+_LOOP_BLOCK = 1024  # the same, and of how many outputs, where an output takes several turns
+_LOOP_OUTPUTS = 8
+_TILE_ROWS, _TILE_OUT, _TILE_IN, _TILE_STAGES = 16, 64, 128, 6  # the least rows that `tl.dot` takes
+
+
+@triton.jit
+def _one_row_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_out,
+    num_in,
+    weight_stride,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+):
+    outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inputs = tl.arange(0, BLOCK_IN)
+    is_output = outputs < num_out
+    weight_ptrs = weight_ptr + outputs.to(tl.int64)[:, None] * weight_stride + inputs[None, :]
+    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
+    for first in range(0, num_in, BLOCK_IN):
+        if IS_EVEN:
+            x = tl.load(x_ptr + first + inputs)
+            weight = tl.load(weight_ptrs + first, mask=is_output[:, None], other=0.0)
+        else:
+            is_input = first + inputs < num_in
+            x = tl.load(x_ptr + first + inputs, mask=is_input, other=0.0)
+            weight = tl.load(weight_ptrs + first, mask=is_output[:, None] & is_input[None, :], other=0.0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    result = tl.sum(acc, 1)
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)
+    tl.store(out_ptr + outputs, result.to(out_ptr.dtype.element_ty), mask=is_output)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _few_rows_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    num_out,
+    num_in,
+    x_stride,
+    weight_stride,
+    out_stride,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    WIDENS: tl.constexpr,
+):
+    rows = tl.arange(0, BLOCK_ROWS)
+    outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inputs = tl.arange(0, BLOCK_IN)
+    is_row = rows < num_rows
+    is_output = outputs < num_out
+    x_ptrs = x_ptr + rows[:, None] * x_stride + inputs[None, :]
+    weight_ptrs = weight_ptr + outputs.to(tl.int64)[:, None] * weight_stride + inputs[None, :]
+    acc = tl.zeros([BLOCK_OUT, BLOCK_ROWS], dtype=tl.float32)
+    for first in tl.range(0, num_in, BLOCK_IN, num_stages=STAGES):
+        if IS_EVEN:
+            x = tl.load(x_ptrs + first, mask=is_row[:, None], other=0.0)
+            weight = tl.load(weight_ptrs + first)
+        else:
+            is_input = (first + inputs < num_in)[None, :]
+            x = tl.load(x_ptrs + first, mask=is_row[:, None] & is_input, other=0.0)
+            weight = tl.load(weight_ptrs + first, mask=is_output[:, None] & is_input, other=0.0)
+        if WIDENS:
+            x = x.to(tl.float32)
+            weight = weight.to(tl.float32)
+        acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + rows[None, :] * out_stride + outputs[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row[None, :] & is_output[:, None])
+
+
+def skinny_matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """See `kernels.reference.skinny_matmul`. Raises ValueError naming an argument that is wrong."""
+    require(weight.dim() == 2 and weight.stride(1) == 1, "weight", "of shape (out, in) with packed rows")
+    require_launchable("weight", weight)
+    num_out, num_in = weight.shape
+    num_rows = x.shape[0]
+    require_like("x", x, (num_rows, num_in), weight)
+    require(num_rows <= _TILE_ROWS, "x", f"of {_TILE_ROWS} rows at most")
+    require_like("out", out, (num_rows, num_out), weight)
+    if bias is not None:
+        require_like("bias", bias, (num_out,), weight)
+    if num_rows == 0:
+        return out
+    if num_rows == 1:
+        block_out, block_in = _blocks(num_in)
+        _one_row_kernel[(triton.cdiv(num_out, block_out),)](
+            x, weight, weight if bias is None else bias, out, num_out, num_in, weight.stride(0),
+            HAS_BIAS=bias is not None, BLOCK_OUT=block_out, BLOCK_IN=block_in,
+            IS_EVEN=num_in % block_in == 0, num_warps=8,
+        )  # fmt: skip
+        return out
+    _few_rows_kernel[(triton.cdiv(num_out, _TILE_OUT),)](
+        x, weight, weight if bias is None else bias, out, num_rows, num_out, num_in,
+        x.stride(0), weight.stride(0), out.stride(0),
+        HAS_BIAS=bias is not None, BLOCK_ROWS=_TILE_ROWS, BLOCK_OUT=_TILE_OUT, BLOCK_IN=_TILE_IN,
+        STAGES=_TILE_STAGES, IS_EVEN=num_in % _TILE_IN == 0 and num_out % _TILE_OUT == 0,
+        WIDENS=widens_operands(x.dtype), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _blocks(num_in: int) -> tuple[int, int]:
+    """Outputs and inputs of a program's turn: all inputs of an output if they are few enough to hold."""
+    whole = max(16, triton.next_power_of_2(num_in))
+    return (_MAX_BLOCK // whole, whole) if whole <= _MAX_BLOCK else (_LOOP_OUTPUTS, _LOOP_BLOCK)
