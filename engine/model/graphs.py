@@ -8,7 +8,7 @@ that the GPU computes them for longer than launching their kernels takes are lau
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ class GraphShapes:
         shapes: any; a step takes the one with the fewest decodes, then the fewest prompt tokens.
     """
 
-    def __init__(self, shapes: Iterable[GraphShape]) -> None:
+    def __init__(self, shapes: Collection[GraphShape]) -> None:
         self._decodes = sorted(shape.decodes for shape in shapes if not shape.pieces)
         self._beside_prompts = sorted({shape.decodes for shape in shapes if shape.pieces})
         self._shapes = frozenset(shapes)
