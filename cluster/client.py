@@ -48,12 +48,20 @@ class Answer:
 
 
 class Client:
-    """Talks to one server. Every method raises ClientError."""
+    """Talks to one server. Every method raises ClientError.
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    Args:
+        headers: sent with every request beside the key.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(
-            base_url=url.rstrip("/"), headers=headers, timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S)
+            base_url=url.rstrip("/"),
+            headers={**key, **(headers or {})},
+            timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S),
         )
 
     def models(self) -> list[str]:

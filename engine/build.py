@@ -53,10 +53,10 @@ def build_engine(
     facts = read_model(config)
     geometry = _geometry(facts, config.memory)
     with ThreadPoolExecutor(1) as beside:
-        compiled = beside.submit(compile_kernels, facts, geometry, limits.max_num_seqs)
+        compiled = beside.submit(compile_kernels, facts, geometry)
         model = load_model(config, facts)
         compiled.result()
-    specs = activation_specs(facts.config, facts.dtype, facts.kernels, limits.max_num_seqs)
+    specs = activation_specs(facts.config, facts.dtype, facts.kernels)
     vm, total = make_driver(facts.device, geometry.chunk_bytes, config.memory)
     max_model_len = _fit_model_len(config, facts.config.max_context, geometry, specs, total)
     shapes = _graph_shapes(config, model)
@@ -79,7 +79,7 @@ def build_engine(
     )
     runner = _runner(model, pool, sampler, limits)
     _warm_up(pool, runner, sampler)
-    _capture_graphs(pool, runner, shapes, clock)
+    _capture_graphs(pool, runner, shapes, facts.device, clock)
     info = _describe(config, model, geometry, max_model_len, total * geometry.chunk_bytes, clock() - started)
     steps_ahead = 1 if facts.device.type == "cuda" else 0
     return Engine(config, info, pool, scheduler, runner, sampler, publish, clock, steps_ahead)
@@ -143,17 +143,21 @@ def _warm_up(pool: MemoryPool, runner: ModelRunner, sampler: Sampler) -> None:
 
 
 def _capture_graphs(
-    pool: MemoryPool, runner: ModelRunner, shapes: Specs[GraphShape], clock: Callable[[], float]
+    pool: MemoryPool,
+    runner: ModelRunner,
+    shapes: Specs[GraphShape],
+    device: torch.device,
+    clock: Callable[[], float],
 ) -> None:
     """Record a step of every shape whose buffers the pool can back; the rest is launched kernel by kernel."""
     started = clock()
     fitting = [shape for shape in shapes if pool.fits_step(shape.tokens, shape.rows)]
     if not fitting or not all(pool.reserve([], shape.tokens, shape.rows) for shape in fitting):
         return
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(device)
     progress = tqdm(fitting, desc="capturing CUDA graphs", unit="graph", disable=None)
-    runner.capture(progress, cuda_graph_recorder(torch.device("cuda", torch.cuda.current_device())))
-    used = free - torch.cuda.mem_get_info()[0]
+    runner.capture(progress, cuda_graph_recorder(device))
+    used = free - torch.cuda.mem_get_info(device)[0]
     logger.info(
         "captured %d CUDA graphs in %.1f s; they hold %.0f MiB", len(fitting), clock() - started, used / MIB
     )

@@ -51,9 +51,6 @@ class Runner(Protocol):
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Start a step. Logits (rows that sample, or more, vocabulary)."""
 
-    def fence(self) -> Callable[[], None]:
-        """A function that waits until everything started so far has finished."""
-
     def synchronize(self) -> None:
         """Wait until the device has finished everything that `run` started."""
 
@@ -62,14 +59,14 @@ class PendingTokens(Protocol):
     """Tokens on their way from the device."""
 
     def wait(self) -> list[Sampled]:
-        """One result a row, once the device has them."""
+        """One result a row, once the device has finished the step."""
 
 
 class TokenSampler(Protocol):
     """Chooses tokens; `engine.model.sampler.Sampler` is the real one."""
 
     def launch(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> PendingTokens:
-        """Start choosing a token for each row; does not wait for the device."""
+        """Start choosing a token for each row; does not wait for the device. There may be no rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +79,7 @@ class _Launched:
 
     step: int
     sequences: list[EngineSequence]
-    tokens: PendingTokens | None
-    wait: Callable[[], None] | None
-
-    def results(self) -> list[Sampled]:
-        """Wait for the step; what it chose."""
-        if self.tokens is not None:
-            return self.tokens.wait()
-        if self.wait is not None:
-            self.wait()
-        return []
+    tokens: PendingTokens
 
 
 class Engine:
@@ -262,12 +250,11 @@ class Engine:
         rows = [_sample_row(seq) for seq in sequences if seq is not None]
         try:
             logits = self._runner.run(plan)
-            tokens = self._sampler.launch(logits, rows) if rows else None
-            wait = None if rows else self._runner.fence()
+            tokens = self._sampler.launch(logits, rows)
         except torch.OutOfMemoryError as error:
             self._give_up(plan, error)
             return
-        self._in_flight.append(_Launched(plan.step, self._scheduler.launched(plan), tokens, wait))
+        self._in_flight.append(_Launched(plan.step, self._scheduler.launched(plan), tokens))
 
     def _give_up(self, plan: StepPlan, error: Exception) -> None:
         """A step whose temporaries, outside the pool, did not fit: only the newest request pays.
@@ -278,18 +265,18 @@ class Engine:
         self._runner.synchronize()
         self._complete_all(but=0)
         self._pool.finished(plan.step)
-        requests = [piece.request_id for piece in plan.pieces if self._scheduler.get(piece.request_id)]
-        for request_id in requests:
-            if (seq := self._scheduler.get(request_id)) is not None:
-                seq.is_new_to_slot = True
-        if requests:
-            self._fail(self._scheduler.latest(requests), f"the device ran out of memory: {error}")
+        left = [seq for piece in plan.pieces if (seq := self._scheduler.get(piece.request_id)) is not None]
+        for seq in left:
+            seq.is_new_to_slot = True
+        if left:
+            newest = self._scheduler.latest([seq.request_id for seq in left])
+            self._fail(newest, f"the device ran out of memory: {error}")
 
     def _complete_all(self, but: int) -> None:
         """Wait for steps in flight and commit them, the oldest first, until `but` are left."""
         while len(self._in_flight) > but:
             launched = self._in_flight.popleft()
-            results = launched.results()
+            results = launched.tokens.wait()
             self._pool.finished(launched.step)
             self._num_steps += 1
             self._commit(launched.sequences, results)

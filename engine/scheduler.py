@@ -284,9 +284,7 @@ class Scheduler:
 
     def _is_complete(self, seq: Sequence) -> bool:
         """Whether the tokens in flight are its last ones, whatever they turn out to be."""
-        request, num_outputs = seq.request, len(seq.output_token_ids) + seq.num_in_flight
-        num_tokens = len(request.prompt_token_ids) + num_outputs
-        return num_outputs >= request.sampling.max_tokens or num_tokens >= self._max_model_len
+        return seq.num_outputs >= seq.sampling.max_tokens or seq.num_tokens >= self._max_model_len
 
     def _remove(self, seq: Sequence) -> None:
         if seq.slot is None:

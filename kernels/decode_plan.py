@@ -87,7 +87,7 @@ def count_teams(kv_heads: int, num_sms: int) -> int:
     return max(1, teams)
 
 
-def decode_workspace_floats(max_batch: int, query_heads: int, kv_heads: int, head_dim: int) -> int:
+def decode_workspace_floats(query_heads: int, kv_heads: int, head_dim: int) -> int:
     """See `kernels.reference.decode_workspace_floats`: for the current device, whatever the batch.
 
     1.1 MiB on an H100 for 32 query and 8 KV heads of 128.

@@ -71,7 +71,7 @@ def rotary_and_kv_write(
     kv[rows, 1, offsets] = v
 
 
-def decode_workspace_floats(max_batch: int, query_heads: int, kv_heads: int, head_dim: int) -> int:
+def decode_workspace_floats(query_heads: int, kv_heads: int, head_dim: int) -> int:
     """Elements that the workspace of `decode_plan` and `decode_attention` must have: none here."""
     return 0
 

@@ -7,7 +7,7 @@ hold. A chunk that was lent away too early, mapped twice or mixed up between seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -96,9 +96,6 @@ class PatternRunner:
         self.names = {piece.slot: piece.request_id for piece in sampling}
         return torch.zeros(plan.num_rows, VOCAB)
 
-    def fence(self) -> Callable[[], None]:
-        return self.synchronize
-
     def synchronize(self) -> None:
         pass
 
@@ -160,6 +157,16 @@ class PatternSampler:
         return Sampled(token)
 
 
+class Collected(dict[str, TokenDelta]):
+    """Everything an engine published, by request; `take` is what it publishes to."""
+
+    def take(self, deltas: Sequence[TokenDelta]) -> None:
+        for delta in deltas:
+            before = self.get(delta.request_id)
+            assert before is None or before.finish_reason is None, "a delta after the end"
+            self[delta.request_id] = delta if before is None else before.then(delta)
+
+
 class Bench:
     """An engine of fakes over real host memory, and what it published.
 
@@ -198,7 +205,7 @@ class Bench:
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids)
         self.runner = PatternRunner(self.pool)
         self.sampler = PatternSampler(self.runner)
-        self.deltas: dict[str, TokenDelta] = {}
+        self.deltas = Collected()
         self.engine = Engine(
             config,
             info,
@@ -206,16 +213,10 @@ class Bench:
             self.scheduler,
             self.runner,
             self.sampler,
-            self._take,
+            self.deltas.take,
             FakeClock(),
             self.steps_ahead if steps_ahead is None else steps_ahead,
         )
-
-    def _take(self, deltas: Sequence[TokenDelta]) -> None:
-        for delta in deltas:
-            before = self.deltas.get(delta.request_id)
-            assert before is None or before.finish_reason is None, "a delta after the end"
-            self.deltas[delta.request_id] = delta if before is None else before.then(delta)
 
     def run(self, max_steps: int = 10_000) -> int:
         """Step until there is nothing to do; how many steps that took."""

@@ -20,7 +20,6 @@ import aiohttp
 import orjson
 
 from cluster.bench.summary import Record
-from cluster.bench.workload import BenchError
 
 _CONNECT_S = 60.0  # hundreds of connections at once queue in the server's backlog
 _TOTAL_S = 6 * 3600.0  # vLLM's; a request that waits an hour is a finding, not a fault
@@ -218,25 +217,6 @@ async def _refusal(response: aiohttp.ClientResponse) -> str:
         body = orjson.loads(text)
         text = body["error"]["message"] if "error" in body else text
     return f"HTTP {response.status} {response.reason}: {text[:_ERROR_CHARS]}"
-
-
-def fetch_json(url: str, headers: Mapping[str, str]) -> Any:
-    """The body of a GET.
-
-    Raises:
-        BenchError: the server cannot be reached, or refuses.
-    """
-
-    async def get() -> Any:
-        async with _session() as session, session.get(url, headers=headers) as response:
-            if response.status != 200:
-                raise BenchError(f"{url}: {await _refusal(response)}")
-            return orjson.loads(await response.read())
-
-    try:
-        return asyncio.run(get())
-    except (TimeoutError, aiohttp.ClientError, OSError, orjson.JSONDecodeError) as error:
-        raise BenchError(f"{url} does not answer: {error or type(error).__name__}") from error
 
 
 def _session() -> aiohttp.ClientSession:

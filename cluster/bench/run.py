@@ -13,6 +13,7 @@ from cluster.bench import client, floor, report
 from cluster.bench.options import Checked, Options, check, make_workload
 from cluster.bench.summary import Record, Summary, summarise
 from cluster.bench.workload import BenchError, Workload
+from cluster.client import Client
 
 _INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 _KEPT_UP_S = 0.05  # later than this, and the figures are the client's as much as the server's
@@ -85,11 +86,10 @@ def _floor(options: Options, workload: Workload) -> floor.Floor | None:
 
 
 def _first_model(server: str, headers: Mapping[str, str]) -> str:
-    url = server + "/v1/models"
     try:
-        return str(client.fetch_json(url, headers)["data"][0]["id"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise BenchError(f"{url} names no model: give --model") from error
+        return Client(server, headers=headers).models()[0]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise BenchError(f"{server}/v1/models names no model: give --model") from error
 
 
 def _calls(options: Options, checked: Checked, workload: Workload, model: str) -> list[client.Call]:

@@ -169,10 +169,6 @@ class KvCache:
         """Rows of the slot that are backed, the same in every layer group."""
         return self._slot_rows[slot]
 
-    def capacity(self, slot: int) -> int:
-        """Tokens that fit in what is backed of the slot."""
-        return self._slot_rows[slot] * self.geometry.tokens_per_chunk
-
     def num_warm_rows(self, slot: int, limit: int) -> int:
         """Rows of an empty slot that need no driver call, counted from its beginning up to `limit`."""
         tensor, first = self.tensors[0], self.first_row(slot)
@@ -193,7 +189,7 @@ class KvCache:
         """What to back before the slot can hold `num_tokens` tokens."""
         first = self.first_row(slot)
         rows = range(first + self._slot_rows[slot], first + self.geometry.rows_for(num_tokens))
-        return [(tensor, row) for tensor in self.tensors for row in rows]
+        return [(tensor, row) for row in rows for tensor in self.tensors]
 
     def grown(self, slot: int, num_tokens: int) -> None:
         """Note that what `missing` named is backed now."""

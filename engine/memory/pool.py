@@ -122,8 +122,7 @@ class MemoryPool:
             for row in self.arena.missing_rows(self.arena.chunks_for(num_tokens, num_rows))
         ]
         for slot, tokens in growth:
-            if tokens > self.kv.capacity(slot):
-                wanted += self.kv.missing(slot, tokens)
+            wanted += self.kv.missing(slot, tokens)
         kv_chunks = sum(tensor is not self.arena.tensor for tensor, _ in wanted)
         if kv_chunks > self.room_for_kv(num_tokens, num_rows) or not self._back(wanted, num_tokens, num_rows):
             return False

@@ -9,17 +9,13 @@ from engine.model.architecture import ModelConfig
 from kernels.backend import Kernels
 
 
-def activation_specs(
-    config: ModelConfig, dtype: torch.dtype, kernels: Kernels, max_sequences: int
-) -> tuple[BufferSpec, ...]:
+def activation_specs(config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> tuple[BufferSpec, ...]:
     """The buffers `Decoder.forward` takes, by name.
 
     Buffers of one stage are alive together: attention, then the MLP, layer after layer; the head
     after the last layer.
     """
-    workspace = kernels.decode_workspace_floats(
-        max_sequences, config.num_heads, config.num_kv_heads, config.head_dim
-    )
+    workspace = kernels.decode_workspace_floats(config.num_heads, config.num_kv_heads, config.head_dim)
     qkv_size = config.q_size + 2 * config.kv_size
     return (
         BufferSpec("hidden", config.hidden_size, dtype, "token"),

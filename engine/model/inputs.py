@@ -70,9 +70,10 @@ class StepInputs:
 
     def __init__(self, device: torch.device, slots: Slots, max_tokens: int, max_sequences: int) -> None:
         self._slots = slots
-        # Twice the sequences: a graph's places for decodes and for pieces are filled independently.
-        largest = Counts(max_tokens, max_sequences, 2 * max_sequences + MAX_PIECES, 2 * max_sequences)
-        nbytes = _layout(largest)[1]
+        # The most of each column in any step: a graph has places for MAX_PIECES pieces beside its decodes,
+        # and a step without decodes as many pieces as there may be sequences.
+        rows = max_sequences + MAX_PIECES
+        nbytes = _layout(Counts(max_tokens, max_sequences, rows + max_sequences, rows))[1]
         on_gpu = device.type == "cuda"
         self._stages = [
             torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
@@ -90,16 +91,23 @@ class StepInputs:
                 mean nothing: rows of logits beyond the plan's own.
         """
         counts = _counts(plan, shape)
+        self._upload(plan, counts)
+        return self._batch(self._tensors(counts), plan, counts)
+
+    def refill(self, plan: StepPlan, shape: GraphShape) -> None:
+        """Take a plan to where an earlier `put` of that shape has its batch."""
+        self._upload(plan, _counts(plan, shape))
+
+    def _upload(self, plan: StepPlan, counts: Counts) -> None:
         self._turn = (self._turn + 1) % len(self._stages)
         stage = self._stages[self._turn]
         if self._copied:
             self._copied[self._turn].synchronize()
-        offsets, nbytes = _layout(counts)
         self._write(_arrays(stage, counts), plan, counts)
         if self._device_bytes is not None:
+            nbytes = _layout(counts)[1]
             self._device_bytes[:nbytes].copy_(stage[:nbytes], non_blocking=True)
             self._copied[self._turn].record()
-        return self._batch(self._tensors(counts), plan, counts)
 
     def _tensors(self, counts: Counts) -> dict[str, torch.Tensor]:
         source = self._stages[self._turn] if self._device_bytes is None else self._device_bytes

@@ -74,7 +74,7 @@ class ModelRunner:
         shape = self._shapes.fitting(plan)
         if shape is None or not self._arena.is_backed(shape.tokens, shape.rows):
             return self._forward(self._inputs.put(plan), plan.num_tokens, plan.num_rows)
-        self._inputs.put(plan, shape)
+        self._inputs.refill(plan, shape)
         self._replays[shape]()
         return self._arena.buffers(shape.tokens, shape.rows)["logits"]
 
@@ -82,14 +82,6 @@ class ModelRunner:
         """Wait until the device has finished every step that `run` started."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-    def fence(self) -> Callable[[], None]:
-        """A function that waits until everything started so far has finished."""
-        if self._device.type != "cuda":
-            return lambda: None
-        event = torch.Event(self._device)
-        event.record()
-        return event.synchronize
 
     @torch.inference_mode()
     def capture(self, shapes: Iterable[GraphShape], record: Record) -> None:

@@ -59,14 +59,12 @@ class Sampled:
 class Pending:
     """The tokens of a step that has been launched."""
 
-    def __init__(self, download: Download | None, wanted: dict[int, int]) -> None:
+    def __init__(self, download: Download, wanted: dict[int, int]) -> None:
         self._download = download
         self._wanted = wanted
 
     def wait(self) -> list[Sampled]:
         """One result a row, once the device has finished this step; later ones may still run."""
-        if self._download is None:
-            return []
         results, all_details = self._download.read()
         tokens = results[:, 0].tolist()
         sampled = [Sampled(token) for token in tokens]
@@ -130,8 +128,9 @@ class Sampler:
             torch.OutOfMemoryError: a table for penalties or log probabilities did not fit. The slots
                 of these rows need their history with the next row.
         """
-        if not rows:
-            return Pending(None, {})
+        if not rows:  # nothing to choose; the step is still to be waited for
+            self._transfer.upload([])
+            return Pending(self._transfer.download(0, None), {})
         for row in rows:
             if row.history is not None:
                 self._assign(row, *row.history)

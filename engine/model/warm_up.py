@@ -21,20 +21,20 @@ _NUM_TOKENS = 2
 _NUM_ROWS = 2  # rows of KV: the guard's place, and the tokens'
 
 
-def compile_kernels(facts: ModelFacts, geometry: KvGeometry, max_sequences: int) -> None:
+def compile_kernels(facts: ModelFacts, geometry: KvGeometry) -> None:
     """Run each kernel of the model once. Does nothing on a CPU, whose kernels are compiled already."""
     if facts.device.type != "cuda":
         return
-    todo = works(facts, geometry, max_sequences)
+    todo = works(facts, geometry)
     with ThreadPoolExecutor(len(todo), initializer=lambda: torch.cuda.set_device(facts.device)) as threads:
         for future in [threads.submit(work) for work in todo]:
             future.result()
     torch.cuda.synchronize(facts.device)
 
 
-def works(facts: ModelFacts, geometry: KvGeometry, max_sequences: int) -> list[Callable[[], None]]:
+def works(facts: ModelFacts, geometry: KvGeometry) -> list[Callable[[], None]]:
     """Independent pieces of work that together launch every kernel of the model."""
-    tensors = _Tensors(facts, geometry, max_sequences)
+    tensors = _Tensors(facts, geometry)
     return [
         lambda: _run_prefill(facts, tensors),
         lambda: _run_decode(facts, tensors),
@@ -47,9 +47,9 @@ def works(facts: ModelFacts, geometry: KvGeometry, max_sequences: int) -> list[C
 class _Tensors:
     """Zeros in the shapes of a step of two tokens."""
 
-    def __init__(self, facts: ModelFacts, geometry: KvGeometry, max_sequences: int) -> None:
+    def __init__(self, facts: ModelFacts, geometry: KvGeometry) -> None:
         config, device = facts.config, facts.device
-        specs = activation_specs(config, facts.dtype, facts.kernels, max_sequences)
+        specs = activation_specs(config, facts.dtype, facts.kernels)
         buffers = {
             spec.name: torch.zeros(
                 spec.count(_NUM_TOKENS, _NUM_TOKENS), spec.width, dtype=spec.dtype, device=device

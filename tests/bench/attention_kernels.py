@@ -33,7 +33,7 @@ def ours(case: Case) -> Launch:
         return lambda: kernels.prefill_attention(
             case.q, kv, case.starts, first_rows, case.lens, case.problem.queries, heads.scale, out
         )
-    floats = kernels.decode_workspace_floats(case.problem.batch, heads.query, heads.kv, heads.dim)
+    floats = kernels.decode_workspace_floats(heads.query, heads.kv, heads.dim)
     workspace = torch.empty(floats, dtype=torch.float32, device=case.device)
     kernels.decode_plan(kv, case.lens, workspace)
     return lambda: kernels.decode_attention(case.q, kv, first_rows, case.lens, heads.scale, workspace, out)

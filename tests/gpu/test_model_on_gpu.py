@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,11 @@ import torch
 
 from engine.build import build_engine
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
-from engine.messages import GenerateRequest, SamplingParams, TokenDelta
+from engine.messages import GenerateRequest, SamplingParams
 from tests.bench.models import write_llama_8b
+from tests.fakes import Collected
 
 pytestmark = pytest.mark.gpu
-
-
-class Collector:
-    def __init__(self) -> None:
-        self.deltas: dict[str, TokenDelta] = {}
-
-    def __call__(self, deltas: Sequence[TokenDelta]) -> None:
-        for delta in deltas:
-            before = self.deltas.get(delta.request_id)
-            self.deltas[delta.request_id] = delta if before is None else before.then(delta)
 
 
 @pytest.mark.model
@@ -32,11 +22,11 @@ class Collector:
 def test_the_demo_model_knows_the_capital_of_france(demo_model_path: Path, dtype: str) -> None:
     from cluster.tokenizer import Tokenizer
 
-    collector = Collector()
+    collector = Collected()
     source = ModelSource("demo", str(demo_model_path), dtype=dtype)  # type: ignore[arg-type]
     engine = build_engine(
         EngineConfig(source, MemoryConfig(pool_bytes=1 << 30), SchedulerConfig(max_num_seqs=8), "cuda"),
-        collector,
+        collector.take,
     )
     tokenizer = Tokenizer.load(str(demo_model_path))
     text = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
@@ -44,12 +34,12 @@ def test_the_demo_model_knows_the_capital_of_france(demo_model_path: Path, dtype
     engine.submit(GenerateRequest("q", tuple(prompt), SamplingParams(max_tokens=32, temperature=0.0)))
     while engine.step():
         pass
-    assert "Paris" in tokenizer.decode(collector.deltas["q"].token_ids)
+    assert "Paris" in tokenizer.decode(collector["q"].token_ids)
 
 
 @pytest.mark.timeout(600)
 def test_llama_8b_shape_serves_64_requests(tmp_path: Path) -> None:
-    collector = Collector()
+    collector = Collected()
     started = time.perf_counter()
     engine = build_engine(
         EngineConfig(
@@ -57,7 +47,7 @@ def test_llama_8b_shape_serves_64_requests(tmp_path: Path) -> None:
             scheduler=SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=4096),
             device="cuda",
         ),
-        collector,
+        collector.take,
     )
     ready_s = time.perf_counter() - started
     generator = torch.Generator().manual_seed(1)
@@ -72,9 +62,9 @@ def test_llama_8b_shape_serves_64_requests(tmp_path: Path) -> None:
         pass
     wall_s = time.perf_counter() - started
     memory = engine.snapshot.memory
-    assert len(collector.deltas) == 64
-    assert all(len(delta.token_ids) == 128 for delta in collector.deltas.values())
-    assert all(delta.finish_reason == "length" for delta in collector.deltas.values())
+    assert len(collector) == 64
+    assert all(len(delta.token_ids) == 128 for delta in collector.values())
+    assert all(delta.finish_reason == "length" for delta in collector.values())
     engine._pool.check()
     assert memory.kv == 0
     print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from engine.build import build_engine
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from engine.core import Engine
-from engine.messages import GenerateRequest, SamplingParams, TokenDelta
+from engine.messages import GenerateRequest, SamplingParams
+from tests.fakes import Collected
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
@@ -20,27 +20,17 @@ PROMPTS = [
 ]
 
 
-class Collector:
-    def __init__(self) -> None:
-        self.deltas: dict[str, TokenDelta] = {}
-
-    def __call__(self, deltas: Sequence[TokenDelta]) -> None:
-        for delta in deltas:
-            before = self.deltas.get(delta.request_id)
-            self.deltas[delta.request_id] = delta if before is None else before.then(delta)
-
-
-def build(path: Path, collector: Collector, enforce_eager: bool = False, max_num_seqs: int = 8) -> Engine:
+def build(path: Path, collector: Collected, enforce_eager: bool = False) -> Engine:
     return build_engine(
         EngineConfig(
             ModelSource("demo", str(path), dtype="float32"),
             MemoryConfig(pool_bytes=1 << 30),
-            SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=256),
+            SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256),
             "cuda",
             max_model_len=2048,
             enforce_eager=enforce_eager,
         ),
-        collector,
+        collector.take,
     )
 
 
@@ -57,19 +47,19 @@ def run(engine: Engine) -> None:
 @pytest.fixture(scope="module")
 def alone(demo_model_path: Path) -> list[tuple[int, ...]]:
     """What each prompt is answered by itself, without graphs."""
-    collector = Collector()
+    collector = Collected()
     engine = build(demo_model_path, collector, enforce_eager=True)
     for index, prompt in enumerate(PROMPTS):
         submit(engine, str(index), prompt, 24 + index, temperature=0.0)
         run(engine)
-    return [collector.deltas[str(index)].token_ids for index in range(len(PROMPTS))]
+    return [collector[str(index)].token_ids for index in range(len(PROMPTS))]
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_every_request_of_a_changing_batch_gets_its_own_tokens(
     demo_model_path: Path, alone: list[tuple[int, ...]], enforce_eager: bool
 ) -> None:
-    collector = Collector()
+    collector = Collected()
     engine = build(demo_model_path, collector, enforce_eager)
     for index, prompt in enumerate(PROMPTS):
         submit(engine, str(index), prompt, 24 + index, temperature=0.0)
@@ -77,7 +67,7 @@ def test_every_request_of_a_changing_batch_gets_its_own_tokens(
             engine.step()
     run(engine)
     for index, tokens in enumerate(alone):
-        assert collector.deltas[str(index)].token_ids == tokens, index
+        assert collector[str(index)].token_ids == tokens, index
     engine._pool.check()
     assert engine.snapshot.memory.kv == 0
 
@@ -91,19 +81,19 @@ def test_seeded_sampling_is_the_same_alone_and_in_company(demo_model_path: Path)
     ]
     said: list[dict[str, tuple[int, ...]]] = []
     for together in (False, True):
-        collector = Collector()
+        collector = Collected()
         engine = build(demo_model_path, collector)
         for index, options in enumerate(settings):
             submit(engine, str(index), PROMPTS[index], 32, seed=index, **options)
             if not together:
                 run(engine)
         run(engine)
-        said.append({name: delta.token_ids for name, delta in collector.deltas.items()})
+        said.append({name: delta.token_ids for name, delta in collector.items()})
     assert said[0] == said[1]
 
 
 def test_a_steady_decode_allocates_nothing_and_calls_no_driver(demo_model_path: Path) -> None:
-    engine = build(demo_model_path, Collector())
+    engine = build(demo_model_path, Collected())
     for index in range(5):
         options = {"top_p": 0.9, "top_k": 50} if index % 2 else {"temperature": 0.0}
         submit(engine, str(index), PROMPTS[index], 120, **options)
@@ -123,7 +113,7 @@ def test_a_steady_decode_allocates_nothing_and_calls_no_driver(demo_model_path: 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_steps_wait_for_the_device_in_one_place_only(demo_model_path: Path) -> None:
     """Launching a step must not synchronise: torch raises if anything in it does."""
-    engine = build(demo_model_path, Collector())
+    engine = build(demo_model_path, Collected())
     for index in range(4):
         submit(engine, str(index), PROMPTS[index], 40, top_p=0.9, logprobs=2, presence_penalty=0.5)
     for _ in range(10):

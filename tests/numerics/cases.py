@@ -111,7 +111,7 @@ def make_context(
 
 def make_workspace(backend: Backend, shape: AttentionShape) -> torch.Tensor:
     """What decode attention works in, as small as it may be and full of NaN."""
-    floats = backend.kernels.decode_workspace_floats(1, shape.query_heads, shape.kv_heads, shape.head_dim)
+    floats = backend.kernels.decode_workspace_floats(shape.query_heads, shape.kv_heads, shape.head_dim)
     return torch.full((floats,), float("nan"), device=backend.device)
 
 

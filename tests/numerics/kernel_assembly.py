@@ -72,7 +72,7 @@ def main(config_dir: str) -> None:
     facts = ModelFacts(found.config, triton_backend, torch.device("cpu"), torch.bfloat16, 256)
     config = facts.config
     geometry = KvGeometry.choose(config.num_layers, config.num_kv_heads, config.head_dim, 2, 2 << 20)
-    for work in warm_up.works(facts, geometry, max_sequences=4):
+    for work in warm_up.works(facts, geometry):
         work()
     counts: Counter[str] = Counter()
     for name, code in driver.loaded:

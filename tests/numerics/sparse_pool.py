@@ -46,7 +46,7 @@ def main(name: str) -> None:
     prefilled = kernels.prefill_attention(
         q, kv, starts.int(), first_rows, context_lens, max(LENGTHS), 0.2, poisoned_like(q)
     )
-    workspace = torch.empty(kernels.decode_workspace_floats(len(LENGTHS), 2 * HEADS, HEADS, DIM))
+    workspace = torch.empty(kernels.decode_workspace_floats(2 * HEADS, HEADS, DIM))
     kernels.decode_plan(kv, context_lens, workspace)
     decoded = kernels.decode_attention(
         q[last], kv, first_rows, context_lens, 0.2, workspace, poisoned_like(q[last])

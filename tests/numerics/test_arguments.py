@@ -42,7 +42,7 @@ def rotary_and_kv_write(device: torch.device) -> dict[str, Any]:
 
 
 def workspace(device: torch.device) -> torch.Tensor:
-    return tensor(device, triton_backend.decode_workspace_floats(TOKENS, HEADS, KV_HEADS, DIM))
+    return tensor(device, triton_backend.decode_workspace_floats(HEADS, KV_HEADS, DIM))
 
 
 def decode_plan(device: torch.device) -> dict[str, Any]:

@@ -34,9 +34,7 @@ def attend(device: torch.device, num_decodes: int, context: int, pieces: list[in
     positions = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)[1:]
     triton_backend.rotary_and_kv_write(q, k, v, table, table, positions, kv, positions, norm, norm, 1e-5)
     n = num_decodes
-    workspace = torch.empty(
-        triton_backend.decode_workspace_floats(n, QUERY_HEADS, KV_HEADS, DIM), device=device
-    )
+    workspace = torch.empty(triton_backend.decode_workspace_floats(QUERY_HEADS, KV_HEADS, DIM), device=device)
     triton_backend.decode_plan(kv, lens[:n], workspace)
     triton_backend.decode_attention(q[:n], kv, first_rows[:n], lens[:n], 0.1, workspace, out[:n])
     if pieces:

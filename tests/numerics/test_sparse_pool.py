@@ -58,7 +58,7 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
     )
     expected = oracle.attention(q, k.cpu(), v.cpu(), 0.1)
     assert_close(out, expected)
-    workspace = torch.empty(triton_backend.decode_workspace_floats(1, 32, heads, dim), device=device)
+    workspace = torch.empty(triton_backend.decode_workspace_floats(32, heads, dim), device=device)
     triton_backend.decode_plan(kv, lens, workspace)
     last = triton_backend.decode_attention(q[-1:], kv, rows[:1], lens, 0.1, workspace, poisoned_like(q[-1:]))
     assert_close(last, expected[-1:])

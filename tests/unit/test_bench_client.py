@@ -283,7 +283,7 @@ def test_failures_are_counted_and_the_first_is_told(server: FakeServer) -> None:
         (["--gpu", "abacus"], "--gpu must be one of h100"),
         (["--model-config", "/nowhere", "--gpu", "h100"], "--model-config /nowhere cannot be read"),
         (["--gpu", "h100"], "--model-config and --gpu belong together"),
-        (["--base-url", "http://127.0.0.1:9"], "does not answer"),
+        (["--base-url", "http://127.0.0.1:9"], "no answer from"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_sent(options: list[str], message: str) -> None:

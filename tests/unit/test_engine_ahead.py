@@ -14,8 +14,9 @@ from engine.build import build_engine
 from engine.core import Engine
 from engine.messages import GenerateRequest, SamplingParams
 from engine.model.graphs import GraphShape, graph_shapes
+from tests.fakes import Collected
 from tests.unit.model_cases import save_tiny
-from tests.unit.test_engine_families import PROMPTS, Collected, config
+from tests.unit.test_engine_families import PROMPTS, config
 
 NUM_TOKENS = 30
 ASKS: tuple[dict[str, object], ...] = (

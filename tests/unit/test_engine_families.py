@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,12 @@ import torch
 from engine.build import build_engine
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from engine.errors import ConfigError
-from engine.messages import GenerateRequest, SamplingParams, TokenDelta
+from engine.messages import GenerateRequest, SamplingParams
+from tests.fakes import Collected
 from tests.unit.model_cases import FAMILY_MODELS, save_tiny
 
 NUM_TOKENS = 40
 PROMPTS = [tuple(random.Random(seed).choices(range(199), k=5 + 9 * seed)) for seed in range(6)]
-
-
-class Collected(dict[str, TokenDelta]):
-    """Everything an engine published, by request."""
-
-    def take(self, deltas: Sequence[TokenDelta]) -> None:
-        for delta in deltas:
-            self[delta.request_id] = self[delta.request_id].then(delta) if delta.request_id in self else delta
 
 
 def config(directory: Path, pool_kib: int, piece: int | None, **options: int) -> EngineConfig:

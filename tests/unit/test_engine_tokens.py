@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.build import build_engine
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from engine.core import Engine
-from engine.messages import GenerateRequest, SamplingParams, TokenDelta
+from engine.messages import GenerateRequest, SamplingParams
+from tests.fakes import Collected
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
@@ -83,7 +84,7 @@ class Run:
     """An engine on the demo model, driven by hand."""
 
     def __init__(self, path: Path, memory: MemoryConfig | None = None, piece: int | None = None) -> None:
-        self._deltas: dict[str, TokenDelta] = {}
+        self._deltas = Collected()
         scheduler = SchedulerConfig(max_num_seqs=20, max_num_batched_tokens=512, prefill_piece_tokens=piece)
         config = EngineConfig(
             ModelSource("demo", str(path), dtype="float32"),
@@ -91,12 +92,7 @@ class Run:
             scheduler,
             max_model_len=512,
         )
-        self.engine: Engine = build_engine(config, self._take)
-
-    def _take(self, deltas: Sequence[TokenDelta]) -> None:
-        for delta in deltas:
-            before = self._deltas.get(delta.request_id)
-            self._deltas[delta.request_id] = delta if before is None else before.then(delta)
+        self.engine: Engine = build_engine(config, self._deltas.take)
 
     def together(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Greedy tokens of all prompts, submitted at once."""

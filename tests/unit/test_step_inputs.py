@@ -111,6 +111,17 @@ def test_the_largest_step_fits() -> None:
         inputs.put(StepPlan(0, (), 0), shape)
 
 
+@pytest.mark.parametrize("max_sequences", [1, 2, 3, 8, 40])
+def test_the_largest_graphs_fit(max_sequences: int) -> None:
+    """A graph has places for 16 pieces of prompts, however few sequences there may be."""
+    for max_tokens in (max_sequences, max_sequences + 32, max_sequences + 64):
+        inputs = make(max_tokens, max_sequences)
+        for shape in graph_shapes(max_sequences, max_tokens, 8e9):
+            batch = inputs.put(StepPlan(0, (), 0), shape)
+            assert batch.query_starts.shape == (shape.pieces + 1,)
+            assert batch.sample_indices is None or batch.sample_indices.shape == (shape.rows,)
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 9, 64, 250, 256, 1000])
 def test_decodes_are_filled_up_little(most: int) -> None:
     sizes = decode_sizes(most)

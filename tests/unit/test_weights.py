@@ -34,7 +34,7 @@ def logits_of(path: Path) -> torch.Tensor:
     model = load_model(EngineConfig(ModelSource("tiny", str(path))))
     kv = ScrambledKv(model.facts.config, (0,), slot_tokens=64, tokens_per_row=8)
     runner = make_runner(
-        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels, 8), kv
+        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels), kv
     )
     return runner.run(plan(piece(0, TOKENS, 0, len(TOKENS))))[0].clone()
 
