@@ -6,6 +6,7 @@ Owns the local Ray it starts. Knows no terminal; progress is reported through a 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import time
@@ -25,6 +26,9 @@ Progress = Callable[[str], None]
 BuildApplication = Callable[[dict[str, Any]], serve.Application]
 
 _POLL_S = 0.25
+# Serve kills an HTTP proxy that is not up after 5 s, and `serve.start` fails with it; on two busy
+# cores its imports alone take longer.
+PROXY_START = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 _WORDS = {"UPDATING": "starting", "HEALTHY": "ready"}  # Serve's words for a first deployment mislead
 # How Ray renders one of our errors at the end of a traceback, whatever surrounds it.
 _OUR_ERROR = re.compile(r"engine\.errors\.\w+: (.+?)(?=\n\s*\n|\n\x1b|\n\S*Traceback|\Z)", re.DOTALL)
@@ -69,6 +73,8 @@ def ray_running(address: str | None, verbose: bool) -> Iterator[None]:
 
     Ours ends with the block; Ray at an address only loses our connection.
     """
+    if not address:
+        os.environ.update(PROXY_START | os.environ)
     # Ray and Serve narrate their start at INFO; the replicas' logs are in the session's directory.
     ray.init(
         address=address or "local",
