@@ -120,7 +120,7 @@ class Engine:
         self._inbox: deque[GenerateRequest | str] = deque()
         self._wake = threading.Event()
         self._door = threading.Lock()  # nobody may slip in while the loop says goodbye to the rest
-        self._num_open = 0  # submitted and not ended; both threads change it, behind the door
+        self._open: set[str] = set()  # submitted and not ended; both threads change it, behind the door
         self._num_steps = 0
         self._last_step_s = 0.0
         self._request_s = 1.0  # recent seconds between two finished requests, smoothed
@@ -140,13 +140,15 @@ class Engine:
         with self._door:
             self.check_alive()
             limits = self._config.scheduler
-            if self._num_open >= limits.max_num_seqs + limits.max_num_queued_reqs:
+            if len(self._open) >= limits.max_num_seqs + limits.max_num_queued_reqs:
                 raise OverloadedError(
                     f"{limits.max_num_seqs} requests run and {limits.max_num_queued_reqs} wait, which is all "
                     f"that {self.info.model_id} takes",
                     max(1.0, self._request_s),
                 )
-            self._num_open += 1
+            if request.request_id in self._open:
+                raise RequestError(f"a request with the id {request.request_id!r} is still open")
+            self._open.add(request.request_id)
             self._inbox.append(request)
         self._wake.set()
 
@@ -178,9 +180,12 @@ class Engine:
             reason = error
         with self._door:
             self._death = reason
-            queued = [order.request_id for order in self._inbox if isinstance(order, GenerateRequest)]
-        lost = [seq.request_id for seq in self._scheduler.unfinished()]
-        self._publish([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost + queued])
+            lost = [seq.request_id for seq in self._scheduler.unfinished()]
+            while self._inbox:  # not iterated over: `cancel` adds to it without the door
+                order = self._inbox.popleft()
+                if isinstance(order, GenerateRequest):
+                    lost.append(order.request_id)
+        self._publish([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost])
 
     def step(self) -> bool:
         """One turn: launch the next step, then read and commit those before it; False if idle."""
@@ -297,10 +302,10 @@ class Engine:
         self._publish_all([self._scheduler.finish(seq, "error", message)])
 
     def _publish_all(self, deltas: list[TokenDelta]) -> None:
-        num_ended = sum(delta.finish_reason is not None for delta in deltas)
-        if num_ended:
+        ended = [delta.request_id for delta in deltas if delta.finish_reason is not None]
+        if ended:
             with self._door:
-                self._num_open -= num_ended
+                self._open.difference_update(ended)
             now = self._clock()
             gap = min(now - self._last_finish_s, _LONGEST_GAP_S)
             self._request_s += 0.1 * (gap - self._request_s)

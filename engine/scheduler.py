@@ -121,16 +121,17 @@ class Scheduler:
         return list(self._by_id.values())
 
     def schedule(self) -> tuple[StepPlan, list[tuple[int, int]]] | None:
-        """The next step and the KV growth to reserve for it; None if there is nothing to compute.
+        """The next step and the KV growth to reserve for it; None if there is nothing to compute, or
+        nothing before the steps in flight have ended.
 
         Side effects: preempts sequences, opens slots for admitted ones. Backs no memory.
         """
         draft = Draft(self._pool, self._config.max_num_batched_tokens)
-        preempted = self._add_running(draft)
+        is_short = self._add_running(draft)
         self._add_prefilling(draft)
-        if not preempted:
+        if not is_short:
             self._admit(draft)
-        while not draft.pieces and len(self._active) > 1:
+        while not draft.pieces and len(self._active) > 1 and not self._is_unsettled():
             self.preempt(self._active[-1])  # several half-prefilled prompts hold everything: one yields
             self._add_prefilling(draft)
         if not draft.pieces:
@@ -186,16 +187,20 @@ class Scheduler:
         return max((self._by_id[request_id] for request_id in request_ids), key=_age)
 
     def _add_running(self, draft: Draft) -> bool:
-        """One token for every running sequence; whether somebody was preempted for it."""
+        """One token for every running sequence; whether memory was too short for all of them."""
         running = [seq for seq in self._active if seq.state is State.RUNNING and not self._is_complete(seq)]
         if draft.try_add_decodes(running):
             return False
-        preempted = False
+        is_short = False
         for seq in running:
             while seq.state is State.RUNNING and not draft.try_add(seq, 1):
+                is_short = True
+                if self._pool.chunks.num_retiring:
+                    # Enough may be free once the step in flight ends; what another victim gave up would
+                    # not be free sooner. Until then this sequence and the later ones sit out.
+                    return True
                 self.preempt(self._active[-1])  # never one already in the draft: those arrived earlier
-                preempted = True
-        return preempted
+        return is_short
 
     def _add_prefilling(self, draft: Draft) -> None:
         for seq in self._active:
@@ -281,6 +286,10 @@ class Scheduler:
         if len(seq.output_token_ids) >= sampling.max_tokens or num_known >= self._max_model_len:
             return "length"
         return None
+
+    def _is_unsettled(self) -> bool:
+        """Whether a step in flight will end sequences or free chunks."""
+        return self._pool.chunks.num_retiring > 0 or any(seq.num_in_flight for seq in self._active)
 
     def _is_complete(self, seq: Sequence) -> bool:
         """Whether the tokens in flight are its last ones, whatever they turn out to be."""

@@ -13,7 +13,7 @@ slot takes warm chunks over without a driver call; anybody else may steal them f
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from typing import Protocol
 
 from engine.errors import ConservationError, DriverError
@@ -51,7 +51,9 @@ class ChunkPool:
         self._owner: dict[int, str] = {}
         self._live: Counter[int] = Counter()
         self._limbo: Counter[int] = Counter()
-        self._dropped: deque[tuple[int, int, Place]] = deque()
+        self._dropped: OrderedDict[int, tuple[int, int, Place]] = OrderedDict()  # by number, oldest first
+        self._last_drop: dict[int, int] = {}  # of each chunk in limbo, its newest number there
+        self._num_drops = 0
         self._by_owner: Counter[str] = Counter()
         self._num_retiring = 0
         self._launched = 0
@@ -128,7 +130,7 @@ class ChunkPool:
         if chunk in self._warm:
             del self._warm[chunk]
         else:
-            self._dropped = deque(entry for entry in self._dropped if entry[1] != chunk)
+            del self._dropped[self._last_drop.pop(chunk)]
             self._limbo[chunk] = 0
             self._num_retiring -= 1
         self._own(chunk, owner)
@@ -146,7 +148,9 @@ class ChunkPool:
         if not self._live[chunk]:
             self._by_owner[self._owner[chunk]] -= 1
             self._num_retiring += 1
-        self._dropped.append((self._launched, chunk, place))
+        self._num_drops += 1
+        self._dropped[self._num_drops] = (self._launched, chunk, place)
+        self._last_drop[chunk] = self._num_drops
         self._settle()
 
     def launched(self, step: int) -> None:
@@ -225,9 +229,14 @@ class ChunkPool:
 
     def _settle(self) -> None:
         """Take every dropped reference out of limbo that no step in flight can read any more."""
-        while self._dropped and self._dropped[0][0] <= self._completed:
-            _, chunk, (tensor, row) = self._dropped.popleft()
+        while self._dropped:
+            number, (step, chunk, (tensor, row)) = next(iter(self._dropped.items()))
+            if step > self._completed:
+                return
+            del self._dropped[number]
             self._limbo[chunk] -= 1
+            if not self._limbo[chunk]:
+                del self._last_drop[chunk]
             if self._live[chunk] or self._limbo[chunk]:
                 tensor.unmap_row(row)
                 continue

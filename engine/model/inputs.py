@@ -123,6 +123,8 @@ class StepInputs:
             _write_padding(to)
         sampled = self._write_decodes(to, decodes) + self._write_prefills(to, prefills, counts.decodes)
         to["sample_indices"][: len(sampled)] = sampled
+        # Not only where tokens or pieces are filled up: a piece that samples nothing leaves a row over.
+        to["sample_indices"][len(sampled) :] = 0
 
     def _write_decodes(self, to: Columns, pieces: Sequence[Piece]) -> list[int]:
         """Fill in the decodes; the tokens that sample."""

@@ -101,6 +101,16 @@ def test_prompts_stay_behind_the_places_for_decodes() -> None:
     assert batch.sample_indices.tolist() == [0, 1, 8, 0, 0, 0, 0]
 
 
+def test_rows_that_a_full_step_does_not_sample_are_filled_up_too() -> None:
+    """Decodes, pieces and tokens of the shape exactly, but one piece's prompt goes on: a row is left over."""
+    inputs = make()
+    for stage in inputs._stages:
+        stage.fill_(0x7F)  # what another step's layout left there
+    batch = inputs.put(MIXED, GraphShape(2, 5, 2))
+    assert batch.sample_indices is not None
+    assert batch.sample_indices.tolist() == [0, 1, 6, 0]
+
+
 def test_the_largest_step_fits() -> None:
     inputs = make(max_tokens=64, max_sequences=8)
     inputs.put(StepPlan(1, tuple(one(slot, 0, 1) for slot in range(8)), 8))

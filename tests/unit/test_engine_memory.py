@@ -1,0 +1,196 @@
+"""The engine loop where memory is short, lent, refused or given back."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config import MemoryConfig, SchedulerConfig
+from engine.errors import DriverError
+from engine.memory.host_vmm import HostVirtualMemory
+from tests.fakes import CHUNK_BYTES, Bench
+from tests.unit.engine_cases import ask, expect
+
+pytestmark = pytest.mark.usefixtures("steps_ahead")
+
+
+@pytest.mark.parametrize("mode", ["elastic", "static"])
+def test_a_pool_too_small_for_all_preempts_and_loses_nothing(mode: str) -> None:
+    bench = Bench(44, MemoryConfig(mode=mode))  # type: ignore[arg-type]
+    requests = [ask(f"r{i}", 20, 100) for i in range(8)]
+    for request in requests:
+        bench.engine.submit(request)
+    bench.run()
+    assert bench.scheduler.num_preemptions > 0
+    for request in requests:
+        expect(bench, request)
+    assert bench.deltas["r0"].num_preemptions == 0, "the oldest is never preempted"
+    bench.assert_idle()
+
+
+def test_two_long_prompts_that_block_each_other_both_finish() -> None:
+    """Each holds half of the pool while prefilling: without a victim neither could go on."""
+    bench = Bench(40, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16), max_model_len=256)
+    first, second = ask("a", 150, 60), ask("b", 150, 60)
+    bench.engine.submit(first)
+    bench.engine.submit(second)
+    bench.run()
+    expect(bench, first)
+    expect(bench, second)
+    bench.assert_idle()
+
+
+def test_a_cancel_frees_memory_within_one_step() -> None:
+    bench = Bench()
+    bench.engine.submit(ask("a", 100, 100))
+    for _ in range(5):
+        bench.engine.step()
+    assert bench.engine.snapshot.memory.kv > 0
+    bench.engine.cancel("a")
+    bench.engine.step()
+    assert bench.engine.snapshot.memory.kv == 0
+    bench.assert_idle()
+
+
+def test_what_is_in_flight_when_a_sequence_is_preempted_is_said(steps_ahead: int) -> None:
+    """Tight pools preempt while tokens are in flight; they are neither lost nor said twice."""
+    for total in range(24, 44):
+        bench = Bench(total, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32))
+        requests = [ask(f"r{i}", 3 + 7 * i, 60 + i) for i in range(6)]
+        for request in requests:
+            bench.engine.submit(request)
+        bench.run()
+        for request in requests:
+            expect(bench, request)
+        bench.assert_idle()
+
+
+def _preemptions_in_a_tight_pool(steps_ahead: int) -> int:
+    limits = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=256)
+    bench = Bench(120, scheduler=limits, max_model_len=256, steps_ahead=steps_ahead)
+    for i in range(32):
+        bench.engine.submit(ask(f"r{i:02}", 5 + 7 * i % 56, 100))
+    busy = True
+    while busy:
+        oldest = sorted(bench.scheduler.unfinished(), key=lambda seq: seq.arrival_s)[:1]
+        yielded = [seq.num_preemptions for seq in oldest]
+        busy = bench.engine.step()
+        assert [seq.num_preemptions for seq in oldest] == yielded, "the oldest never yields"
+    bench.assert_idle()
+    return bench.scheduler.num_preemptions
+
+
+def test_a_step_in_flight_costs_no_further_victims() -> None:
+    """What a victim gives up is free once that step ends: until then nobody else has to yield."""
+    assert 0 < _preemptions_in_a_tight_pool(1) <= _preemptions_in_a_tight_pool(0)
+
+
+def test_nobody_is_preempted_where_nothing_is_short() -> None:
+    """With the last tokens of all sequences in flight there is nothing to compute, and nothing missing."""
+    bench = Bench(96)
+    for i in range(8):
+        bench.engine.submit(ask(f"r{i}", 4, 5))
+    bench.run()
+    assert bench.scheduler.num_preemptions == 0
+
+
+def test_a_steady_decode_makes_no_driver_calls() -> None:
+    bench = Bench()
+    bench.engine.submit(ask("a", 33, 30))  # 33 + 30 tokens end before the next chunk begins
+    bench.engine.step()
+    bench.engine.step()
+    calls = bench.vm.num_calls
+    bench.run()
+    assert bench.vm.num_calls == calls
+
+
+def test_a_slot_used_again_needs_no_driver_call() -> None:
+    bench = Bench()
+    bench.engine.submit(ask("a", 90, 30))
+    bench.run()
+    calls = bench.vm.num_calls
+    bench.engine.submit(ask("b", 80, 40))
+    bench.run()
+    assert bench.vm.num_calls == calls
+    bench.assert_idle()
+
+
+def test_activations_are_lent_to_kv_in_elastic_mode_only() -> None:
+    """A large prefill backs the arena; a sequence that then needs every chunk gets the arena's tail."""
+    held = {}
+    for mode in ("elastic", "static"):
+        config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
+        bench = Bench(64, MemoryConfig(mode=mode), config)  # type: ignore[arg-type]
+        for index in range(8):
+            bench.engine.submit(ask(f"r{index}", 50, 150))
+        most = 0
+        while bench.engine.step():
+            most = max(most, bench.engine.snapshot.memory.kv)
+        held[mode] = most
+        bench.assert_idle()
+    assert held["elastic"] > held["static"]
+
+
+class FailingVirtualMemory(HostVirtualMemory):
+    """Host memory whose driver starts to refuse one of its calls."""
+
+    refuse: str | None = None
+
+    def create(self) -> int:
+        if self.refuse == "create":
+            raise DriverError("create", "no memory")
+        return super().create()
+
+    def map(self, address: int, handles: object) -> None:
+        if self.refuse == "map":
+            raise DriverError("map", "no mapping")
+        super().map(address, handles)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", ["create", "map"])
+def test_a_refusing_driver_fails_requests_and_never_the_engine(call: str) -> None:
+    vm = FailingVirtualMemory(CHUNK_BYTES, 64)
+    bench = Bench(64, vm=vm)
+    bench.engine.submit(ask("before", 40, 10))
+    bench.run()
+    vm.refuse = call
+    requests = [ask(f"r{i}", 60, 40) for i in range(6)]
+    for request in requests:
+        bench.engine.submit(request)
+    bench.run()
+    for request in requests:
+        delta = bench.deltas[request.request_id]
+        assert delta.finish_reason in ("length", "error")
+        if delta.finish_reason == "length":
+            expect(bench, request)
+    bench.assert_idle()
+    vm.refuse = None
+    bench.pool.chunks.ask_again()
+    bench.assert_idle()
+    assert bench.pool.chunks.total == 64
+    bench.engine.submit(ask("after", 40, 10))
+    bench.run()
+    expect(bench, ask("after", 40, 10))
+
+
+def test_first_come_first_served_under_pressure() -> None:
+    bench = Bench(44, scheduler=SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=64))
+    for index in range(6):
+        bench.engine.submit(ask(f"r{index}", 30, 20))
+    order: list[str] = []
+    while bench.engine.step():
+        order += [name for name, d in bench.deltas.items() if d.finish_reason and name not in order]
+    assert order == [f"r{index}" for index in range(6)]
+
+
+def test_trim_gives_idle_memory_back_and_work_goes_on() -> None:
+    bench = Bench()
+    bench.engine.submit(ask("a", 100, 50))
+    bench.run()
+    created = bench.pool.snapshot().created
+    assert bench.pool.trim() > 0
+    assert bench.pool.snapshot().created == 2  # the guard and the arena's first chunk
+    assert created > 2
+    bench.engine.submit(ask("b", 100, 50))
+    bench.run()
+    expect(bench, ask("b", 100, 50))
+    bench.assert_idle()
