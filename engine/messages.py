@@ -62,9 +62,9 @@ class SamplingParams:
             self.frequency_penalty,
         )
         _require(
-            0.0 < self.repetition_penalty <= 10.0,
+            0.01 <= self.repetition_penalty <= 10.0,  # logits are divided by it, and must stay finite
             "repetition_penalty",
-            "above 0 and at most 10",
+            "between 0.01 and 10",
             self.repetition_penalty,
         )
         _require(

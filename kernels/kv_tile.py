@@ -48,8 +48,13 @@ def tile_shape(
 def fitting_stages(tile: TileShape, block_m: int, element_bytes: int, device: torch.device) -> int:
     """Tiles of K and V in flight, at most 3: as many as shared memory holds beside the queries."""
     line_bytes = tile.block_dim * element_bytes
-    room = _shared_bytes(device) - _SCRATCH_BYTES - block_m * line_bytes
-    return max(1, min(3, room // (2 * tile.block_tokens * line_bytes)))
+    return stages_beside(block_m * line_bytes, 2 * tile.block_tokens * line_bytes, 3, device)
+
+
+def stages_beside(fixed_bytes: int, stage_bytes: int, most: int, device: torch.device) -> int:
+    """Stages of `stage_bytes` that shared memory holds beside `fixed_bytes`; from 1 to `most`."""
+    room = _shared_bytes(device) - _SCRATCH_BYTES - fixed_bytes
+    return max(1, min(most, room // stage_bytes))
 
 
 @cache

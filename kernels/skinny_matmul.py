@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 
 from kernels.checks import require, require_launchable, require_like
-from kernels.kv_tile import widens_operands
+from kernels.kv_tile import stages_beside, widens_operands
 
 _MAX_BLOCK = 4096  # inputs a program holds of one output at once
 _LOOP_BLOCK = 1024  # the same, and of how many outputs, where an output takes several turns
 _LOOP_OUTPUTS = 8
-_TILE_ROWS, _TILE_OUT, _TILE_IN, _TILE_STAGES = 16, 64, 128, 6  # the least rows that `tl.dot` takes
+_TILE_ROWS, _TILE_OUT, _TILE_IN = 16, 64, 128  # the least rows that `tl.dot` takes
+_MOST_STAGES = 6  # 120 KiB in bfloat16, which many GPUs before Hopper do not have
 
 
 @triton.jit
@@ -135,10 +136,16 @@ def skinny_matmul(
         x, weight, weight if bias is None else bias, out, num_rows, num_out, num_in,
         x.stride(0), weight.stride(0), out.stride(0),
         HAS_BIAS=bias is not None, BLOCK_ROWS=_TILE_ROWS, BLOCK_OUT=_TILE_OUT, BLOCK_IN=_TILE_IN,
-        STAGES=_TILE_STAGES, IS_EVEN=num_in % _TILE_IN == 0 and num_out % _TILE_OUT == 0,
-        WIDENS=widens_operands(x.dtype), num_warps=4,
+        STAGES=_stages(x.element_size(), x.device),
+        IS_EVEN=num_in % _TILE_IN == 0 and num_out % _TILE_OUT == 0, WIDENS=widens_operands(x.dtype), num_warps=4,
     )  # fmt: skip
     return out
+
+
+@cache
+def _stages(element_bytes: int, device: torch.device) -> int:
+    """Tiles in flight."""
+    return stages_beside(0, (_TILE_OUT + _TILE_ROWS) * _TILE_IN * element_bytes, _MOST_STAGES, device)
 
 
 @cache

@@ -1,9 +1,10 @@
-"""A program that compiles every kernel of a model for sm_90 without a GPU, and prints what became of each.
+"""A program that compiles every kernel of a model without a GPU, and prints what became of each.
 
-`python -m tests.numerics.kernel_assembly CONFIG_DIR`, without TRITON_INTERPRET: one line of JSON, kernel
-name -> accesses to local memory (LDL, STL), which are spilled registers. The launchers are the engine's own,
-called as its warm-up calls them; only the driver below them is made up. (The Hopper prefill kernel wants
-tensors on a GPU: `prefill_assembly` compiles that one.)
+`python -m tests.numerics.kernel_assembly CONFIG_DIR [GPU]`, without TRITON_INTERPRET: one line of JSON,
+kernel name -> accesses to local memory (LDL, STL), which are spilled registers. The launchers are the
+engine's own, called as its warm-up calls them; only the driver below them is made up. A kernel that wants
+more shared memory than the GPU has is an error, as on the GPU. (The Hopper prefill kernel wants tensors on
+a GPU: `prefill_assembly` compiles that one.)
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from triton.backends.compiler import GPUTarget
 
 import kernels.checks
 
-SHARED_BYTES, MULTIPROCESSORS = 232_448, 132  # of an H100
+# Compute capability, shared memory of a block, multiprocessors.
+GPUS = {"h100": (90, 232_448, 132), "l4": (89, 101_376, 58)}
 
 
 class NoGpu:
-    """A driver for an H100 that is not there: it keeps what is loaded, and runs nothing."""
+    """A driver for a GPU that is not there: it keeps what is loaded, and runs nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: int, shared_bytes: int, multiprocessors: int) -> None:
+        self._capability = capability
+        self._properties = {"max_shared_mem": shared_bytes, "multiprocessor_count": multiprocessors}
         self.loaded: list[tuple[str, bytes]] = []
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -40,7 +44,7 @@ class NoGpu:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": MULTIPROCESSORS}
+        return self._properties
 
     def load_binary(self, name: str, code: bytes, *_: Any) -> tuple[int, int, int, int, int]:
         self.loaded.append((name, code))
@@ -53,8 +57,9 @@ class NoGpu:
         return lambda *_: None
 
 
-def main(config_dir: str) -> None:
-    driver = NoGpu()
+def main(config_dir: str, gpu: str = "h100") -> None:
+    _, shared_bytes, multiprocessors = GPUS[gpu]
+    driver = NoGpu(*GPUS[gpu])
     triton.runtime.driver.set_active(driver)
     kernels.checks.require_launchable = lambda name, tensor: None
     # Imported only now: they take the check above by name.
@@ -65,8 +70,8 @@ def main(config_dir: str) -> None:
     from kernels import decode_plan, kv_tile, sampling, triton_backend
     from tests.numerics.prefill_assembly import disassemble
 
-    kv_tile._shared_bytes = lambda device: SHARED_BYTES
-    decode_plan._num_sms = lambda device: MULTIPROCESSORS
+    kv_tile._shared_bytes = lambda device: shared_bytes
+    decode_plan._num_sms = lambda device: multiprocessors
     sampling._part = lambda device: sampling._PART
     found = read_model(EngineConfig(ModelSource("model", config_dir, load_format="dummy")))
     facts = ModelFacts(found.config, triton_backend, torch.device("cpu"), torch.bfloat16, 256)

@@ -89,13 +89,22 @@ EXPECTED = {
 }
 
 
-def test_every_kernel_of_a_model_compiles_for_hopper(tmp_path: Path) -> None:
+def _assembly(tmp_path: Path, gpu: str) -> dict[str, int]:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
-    program = [sys.executable, "-m", "tests.numerics.kernel_assembly", str(tmp_path)]
+    program = [sys.executable, "-m", "tests.numerics.kernel_assembly", str(tmp_path), gpu]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=240)
     assert run.returncode == 0, run.stderr
-    spills = json.loads(run.stdout)
+    spills: dict[str, int] = json.loads(run.stdout)
+    return spills
+
+
+def test_every_kernel_of_a_model_fits_a_gpu_with_less_shared_memory(tmp_path: Path) -> None:
+    assert set(_assembly(tmp_path, "l4")) == EXPECTED
+
+
+def test_every_kernel_of_a_model_compiles_for_hopper(tmp_path: Path) -> None:
+    spills = _assembly(tmp_path, "h100")
     assert set(spills) == EXPECTED
     for name, count in spills.items():
         assert count <= MOST_SPILLS.get(name, 0), spills

@@ -39,6 +39,7 @@ WRONG_ANYWHERE: list[tuple[dict[str, Any], str | None]] = [
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"frequency_penalty": -2.5}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-38}, "repetition_penalty"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
     ({"logit_bias": {"-1": 1}}, "logit_bias"),
