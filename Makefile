@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := $(HOME)/.cache/ballonet/SmolLM2-135M-Instruct.Q4_1.gguf
-BENCH ?= cpu_decode gpu_kernels engine_side_by_side
+BENCH ?= cpu_decode $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu_kernels engine_side_by_side)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,8 +1,9 @@
-"""The least time a workload can take on a device: its bytes and FLOPs, counted, over measured ceilings.
+"""The least time a workload can take on a device: its bytes and FLOPs, counted, over the device's ceilings.
 
 Counted are what no implementation avoids: every matrix product, attention over the causal half, the
 weights once for each token of the longest answer, and each answer token's reading of the KV before it.
-Prefix sharing, speculation and quantisation would change the count; nothing here uses them.
+Prefix sharing and speculation would change the count; nothing here uses them. A model that is counted
+in another way (quantised weights, experts, latent or windowed attention) is refused.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ from cluster.bench.workload import BenchError, PlannedRequest, Workload
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """What a device reaches at best, measured: bytes/s read from memory, FLOP/s of bf16 products."""
+    """What a device gives at best: bytes/s read from memory, FLOP/s of bf16 products."""
 
     name: str
     bytes_per_s: float
     flop_per_s: float
 
 
-# H100: a device copy, and an 8192 x 8192 x 8192 bf16 product through cuBLAS (ARCHITECTURE.md).
-CEILINGS = {"h100": Ceiling("NVIDIA H100 80GB HBM3", 3.0e12, 798e12)}
+# H100 SXM. Memory by NVIDIA's data sheet: a device copy reaches 3.0 TB/s, but half of its traffic is
+# writes, and our decode attention, which reads, reaches 3.07. Products as measured: 8192 x 8192 x 8192 in
+# bf16 through cuBLAS.
+CEILINGS = {"h100": Ceiling("NVIDIA H100 80GB HBM3", 3.35e12, 798e12)}
+
+# Fields of a config.json: one with a value means that the count below is not the model's.
+_OTHER_SHAPES = ("quantization_config", "kv_lora_rank")
+_GATED = (None, "silu", "swish")  # activations of a feed-forward of three products, as Llama's is
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +54,20 @@ class ModelShape:
         """From the fields of a Hugging Face `config.json`.
 
         Raises:
-            BenchError: a field is missing.
+            BenchError: a field is missing or no size, or the model is not of the Llama shape.
         """
-        try:
-            heads = int(config["num_attention_heads"])
-            return cls(
-                hidden=int(config["hidden_size"]),
-                intermediate=int(config["intermediate_size"]),
-                layers=int(config["num_hidden_layers"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
-                vocab=int(config["vocab_size"]),
-            )
-        except KeyError as error:
-            raise BenchError(
-                f"the model's configuration has no {error}: it is not of the Llama shape"
-            ) from error
+        _refuse_other_shapes(config)
+        heads = _size(config, "num_attention_heads")
+        hidden = _size(config, "hidden_size")
+        return cls(
+            hidden=hidden,
+            intermediate=_size(config, "intermediate_size"),
+            layers=_size(config, "num_hidden_layers"),
+            heads=heads,
+            kv_heads=_size(config, "num_key_value_heads", heads),
+            head_dim=_size(config, "head_dim", hidden // heads),
+            vocab=_size(config, "vocab_size"),
+        )
 
     @property
     def layer_weights(self) -> int:
@@ -89,6 +93,42 @@ class ModelShape:
     def attention_flop(self, pairs: float) -> float:
         """Of that many (query, key) pairs in all layers: scores and values, 2 FLOPs a product."""
         return 4.0 * self.layers * self.heads * self.head_dim * pairs
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A field that is a whole number above 0; `default` stands for one that is absent or null."""
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in config:
+        raise BenchError(f"the model's configuration has no {name!r}: it is not of the Llama shape")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise BenchError(f"{name} of the model's configuration is {value!r}, not a whole number above 0")
+    return value
+
+
+def _refuse_other_shapes(config: Mapping[str, Any]) -> None:
+    """Refuse a model that the count would be wrong for, naming the field that says so.
+
+    Raises:
+        BenchError: its weights are not 16 bits wide, it has experts or a feed-forward without a gate, its
+            KV is compressed, or some of its layers do not attend to the whole context.
+    """
+    fields = [name for name in config if name in _OTHER_SHAPES or "experts" in name]
+    # Qwen models name a window that they do not use.
+    if config.get("use_sliding_window") is not False:
+        fields.append("sliding_window")
+    found = [name for name in fields if config.get(name)]
+    if config.get("hidden_act") not in _GATED:
+        found.append("hidden_act")
+    layers = config.get("layer_types")
+    if layers and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
+        found.append("layer_types")
+    if found:
+        raise BenchError(
+            f"bytes and FLOPs are counted for models of the Llama shape only, and the model's configuration "
+            f"has {', '.join(found)}: leave --model-config out"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from cluster.bench.workload import named_workload
+from cluster.bench.workload import Workload
 from tests.bench.models import MODELS
-from tests.bench.run_engine import ENGINES
+from tests.bench.run_engine import ENGINES, checked_workloads
 
-DEFAULT_WORKLOADS = ("8b-256x512+256", "single-512+256")
+DEFAULT_WORKLOADS = {"llama-8b": ("8b-256x512+256", "single-512+256"), "demo": ("demo-8x64+32",)}
 _LOG_LINES = 40  # of an engine that failed
-_CEILING = ("floor_s", "phases_s", "flop", "read_bytes")
+_CEILING = ("floor_s", "phases_s", "flop", "read_bytes", "device")
+_SHARES = ("of_floor", "of_phases")  # of the two floors of cluster/bench/floor.py
 _FIGURE = (
     *("output_throughput", "duration", "completed", "failed", "p50_ttft_ms", "p99_ttft_ms"),
     *("p50_tpot_ms", "p99_tpot_ms", "p50_ttst_ms", "p99_ttst_ms", "max_gap_ms", "max_itl_ms"),
@@ -35,23 +36,29 @@ _FIGURE = (
 
 
 def main() -> None:
-    """Run every engine, print the table and the JSON line; exit status 1 if ours failed."""
+    """Run every engine, print the table and the JSON line.
+
+    Exit status 1 if ours failed or there is no GPU, 2 for options that cannot be.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--model", choices=MODELS, default="llama-8b")
-    parser.add_argument("--workload", nargs="+", default=list(DEFAULT_WORKLOADS))
+    parser.add_argument("--workload", nargs="+", help="without it those of the model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm-site", type=Path, help="a folder of packages with vLLM in it")
     parser.add_argument("--no-idle", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("."), help="where logs and results go")
     args = parser.parse_args()
+    names = args.workload or DEFAULT_WORKLOADS[args.model]
+    workloads = checked_workloads(parser, names, args.rounds)
+    if args.model == "demo" and "vllm" in args.engines:
+        parser.error("vLLM is measured with --model llama-8b: give --engines ballonet")
     if args.model != "demo" and not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure here but --model demo --engines ballonet")
-        return
+        sys.exit("no CUDA device: nothing to measure here but --model demo --engines ballonet")
     args.out.mkdir(parents=True, exist_ok=True)
-    results = {engine: _run_engine(engine, args) for engine in args.engines}
+    results = {engine: _run_engine(engine, workloads, args) for engine in args.engines}
     print(table(results))
     for line in idle_lines(results):
         print(line)
@@ -59,11 +66,10 @@ def main() -> None:
     sys.exit(1 if "error" in results.get("ballonet", {}) else 0)
 
 
-def _run_engine(engine: str, args: argparse.Namespace) -> dict[str, Any]:
+def _run_engine(engine: str, workloads: Sequence[Workload], args: argparse.Namespace) -> dict[str, Any]:
     """All workloads of one engine; those that cap the KV cache get a process of their own."""
     merged: dict[str, Any] = {}
-    workloads = sorted((named_workload(name) for name in args.workload), key=lambda w: w.kv_gib or 0.0)
-    for kv_gib, group in groupby(workloads, key=lambda w: w.kv_gib):
+    for kv_gib, group in groupby(sorted(workloads, key=lambda w: w.kv_gib or 0.0), key=lambda w: w.kv_gib):
         names = [workload.name for workload in group]
         result = _run_process(engine, names, kv_gib, args)
         rounds = {**merged.get("rounds", {}), **result.get("rounds", {})}
@@ -106,7 +112,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each workload and engine."""
     lines = [
         f"{'workload':30} {'engine':9} {'out tok/s':>9} {'TTFT p50/p99 s':>15} {'TPOT p50/p99 ms':>16} "
-        f"{'2nd tok s':>9} {'max gap ms':>10} {'of floor':>8} {'vs vLLM':>7}"
+        f"{'2nd tok s':>9} {'max gap ms':>10} {'of floor':>8} {'of phases':>9} {'vs vLLM':>7}"
     ]
     rival = results.get("vllm", {}).get("rounds", {})
     for engine, result in results.items():
@@ -117,12 +123,12 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             versus = ""
             if engine != "vllm" and name in rival:
                 versus = f"{best['output_throughput'] / median_round(rival[name])['output_throughput']:.3f}"
-            share = f"{best['share_of_phases']:.1%}" if "share_of_phases" in best else ""
+            shares = [f"{best[f'share_{name}']:.1%}" if f"share_{name}" in best else "" for name in _SHARES]
             lines.append(
                 f"{name:30} {engine:9} {best['output_throughput']:9.1f} "
                 f"{best['p50_ttft_ms'] / 1e3:7.3f}/{best['p99_ttft_ms'] / 1e3:7.3f} "
                 f"{best['p50_tpot_ms']:8.2f}/{best['p99_tpot_ms']:7.2f} {best['p50_ttst_ms'] / 1e3:9.3f} "
-                f"{best['max_gap_ms']:10.1f} {share:>8} {versus:>7}"
+                f"{best['max_gap_ms']:10.1f} {shares[0]:>8} {shares[1]:>9} {versus:>7}"
             )
     ready = [f"{engine} {r['ready_s']:.1f} s" for engine, r in results.items() if "ready_s" in r]
     return "\n".join([*lines, f"start to ready: {', '.join(ready) or 'none'}"])
@@ -162,7 +168,10 @@ def result_json(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "idle": ours.get("idle"),
         "error": ours.get("error"),
         "ceiling": {name: _pick(result, _CEILING) for name, result in figure.items()},
-        "share": {name: result.get("share_of_phases") for name, result in figure.items()},
+        "share": {
+            name: {share: result[f"share_{share}"] for share in _SHARES if f"share_{share}" in result}
+            for name, result in figure.items()
+        },
         "rival": {"name": "vllm", "figure": {n: _pick(f, _FIGURE) for n, f in rival_figure.items()}}
         | _pick(rival, ("ready_s", "error"))
         if rival

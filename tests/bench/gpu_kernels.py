@@ -3,8 +3,8 @@
 Every kernel of a case computes the same problem, and its result is compared with ours before its time
 counts. Each is captured in a CUDA graph of several calls; rounds go over all of them in turn, so that
 clocks and temperature hurt all alike; medians are reported. A rival that cannot be imported or run keeps
-its line, with the reason. The ceilings were measured on one H100: 3.0 TB/s for a device copy, 798 TFLOP/s
-for a bf16 matrix product. The last line is JSON.
+its line, with the reason. Shares are of an H100's ceilings: 3.35 TB/s by its data sheet, 798 TFLOP/s as
+measured for a bf16 matrix product. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -145,10 +146,18 @@ def _elapsed_ms(work: Callable[[], Any]) -> float:
 
 def rate(problem: Problem, ms: float) -> tuple[float, float, str]:
     """Rate of a call, its share of the ceiling, and the unit: bytes for decodes, FLOPs for prefills."""
+    share = floor_ms(problem) / ms
+    if problem.is_decode:
+        return problem.kv_bytes / ms / 1e9, share, "TB/s"
+    return problem.flop / ms / 1e9, share, "TFLOP/s"
+
+
+def floor_ms(problem: Problem) -> float:
+    """The least a call can take: its bytes for a decode, its FLOPs for a prefill, at the ceiling."""
     ceiling = CEILINGS["h100"]
     if problem.is_decode:
-        return problem.kv_bytes / ms / 1e9, problem.kv_bytes / ms * 1e3 / ceiling.bytes_per_s, "TB/s"
-    return problem.flop / ms / 1e9, problem.flop / ms * 1e3 / ceiling.flop_per_s, "TFLOP/s"
+        return problem.kv_bytes / ceiling.bytes_per_s * 1e3
+    return problem.flop / ceiling.flop_per_s * 1e3
 
 
 def lines(problem: Problem, timings: Mapping[str, Timing]) -> list[str]:
@@ -167,26 +176,51 @@ def lines(problem: Problem, timings: Mapping[str, Timing]) -> list[str]:
     return text
 
 
-def case_json(problem: Problem, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Rates of one case: ours with its ceiling and share, and every rival or why it is missing."""
-    rivals: dict[str, Any] = {}
-    figure: dict[str, Any] = {}
-    for name, timing in timings.items():
-        if timing.ms is None:
-            rivals[name] = timing.note
-            continue
-        value, share, unit = rate(problem, timing.ms)
-        if name == OURS:
-            figure = {"ms": round(timing.ms, 5), unit: round(value, 3), "share": round(share, 4)}
-            floor_ms = timing.ms * share
-            figure["floor_ms"] = round(floor_ms, 5)
-        else:
-            rivals[name] = round(value, 3)
-    return {**figure, "rival": rivals}
+def result_json(results: Mapping[Problem, Mapping[str, Timing]]) -> dict[str, Any]:
+    """The run in one object.
+
+    Each part goes by case: our figures, the bytes and FLOPs counted with the least time for them, the share
+    of that time in ours, and every rival's figures or why it has none.
+    """
+    rivals: dict[str, dict[str, Any]] = {}
+    for problem, timings in results.items():
+        for name, timing in timings.items():
+            if name != OURS:
+                rivals.setdefault(name, {})[problem.name] = _figure(problem, timing)
+    ours_by_case = {problem: timings[OURS] for problem, timings in results.items()}
+    return {
+        "bench": "gpu_kernels",
+        "figure": {problem.name: _figure(problem, timing) for problem, timing in ours_by_case.items()},
+        "ceiling": {
+            "device": asdict(CEILINGS["h100"]),
+            "cases": {problem.name: _counted(problem) for problem in results},
+        },
+        "share": {
+            problem.name: None if timing.ms is None else round(floor_ms(problem) / timing.ms, 4)
+            for problem, timing in ours_by_case.items()
+        },
+        "rival": rivals,
+        **machine(),
+    }
+
+
+def _figure(problem: Problem, timing: Timing) -> dict[str, float | str]:
+    if timing.ms is None:
+        return {"error": timing.note}
+    value, _, unit = rate(problem, timing.ms)
+    return {"ms": round(timing.ms, 5), unit: round(value, 3)}
+
+
+def _counted(problem: Problem) -> dict[str, float]:
+    return {
+        "read_bytes": problem.kv_bytes,
+        "flop": problem.flop,
+        "floor_ms": round(floor_ms(problem), 5),
+    }
 
 
 def main() -> None:
-    """Time every case; say so where there is no GPU."""
+    """Time every case; exit status 1 where there is no GPU."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--cases", choices=("decode", "prefill", "all"), default="all")
@@ -194,18 +228,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.6, help="of timing for each case")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure here")
-        return
+        sys.exit("no CUDA device: nothing to measure here")
     rivals = {name: RIVALS[name] for name in args.rivals}
-    results = {}
+    results: dict[Problem, dict[str, Timing]] = {}
     for problem in problems(args.cases):
         timings = time_case(Case(problem, torch.device("cuda")), rivals, args.seconds)
-        results[problem.name] = case_json(problem, timings)
+        results[problem] = timings
         print("\n".join(lines(problem, timings)), flush=True)
         gc.collect()  # graphs hold their case in cycles, and the next one needs its gigabytes
         torch.cuda.empty_cache()
-    ceiling = {"TB/s": CEILINGS["h100"].bytes_per_s / 1e12, "TFLOP/s": CEILINGS["h100"].flop_per_s / 1e12}
-    print(json.dumps({"bench": "gpu_kernels", "figure": results, "ceiling": ceiling, **machine()}))
+    print(json.dumps(result_json(results)))
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def test_idle_share_of_a_trace() -> None:
 def _round(rate: float) -> dict[str, float]:
     names = ("ttft", "tpot", "ttst")
     figures = {f"p{p}_{name}_ms": rate + p for name in names for p in (50, 99)}
-    return figures | {"output_throughput": rate, "max_gap_ms": 9.0, "share_of_phases": 0.5, "floor_s": 2.0}
+    shares = {"share_of_floor": 0.25, "share_of_phases": 0.5}
+    return figures | shares | {"output_throughput": rate, "max_gap_ms": 9.0, "floor_s": 2.0}
 
 
 def test_the_median_round_is_reported() -> None:
@@ -162,7 +163,15 @@ def test_side_by_side_table_and_line() -> None:
     assert line["figure"]["w"]["output_throughput"] == 300.0
     assert line["rival"]["figure"]["w"]["output_throughput"] == 200.0
     assert line["ceiling"]["w"] == {"floor_s": 2.0}
-    assert (line["share"]["w"], line["gpu"], line["versions"]) == (0.5, "H100", {"vllm": "0.26.0"})
+    assert line["share"]["w"] == {"of_floor": 0.25, "of_phases": 0.5}
+    assert (line["gpu"], line["versions"]) == ("H100", {"vllm": "0.26.0"})
+
+
+def test_each_share_stands_under_the_floor_that_it_is_of() -> None:
+    head, row, _ = engine_side_by_side.table({"ballonet": {"rounds": {"w": [_round(3.0)]}}}).splitlines()
+    for title, share in (("of floor", "25.0%"), ("of phases", "50.0%")):
+        end = head.index(title) + len(title)
+        assert row[:end].endswith(f" {share}")
 
 
 def test_a_rival_that_failed_keeps_its_line() -> None:
@@ -233,8 +242,33 @@ def test_a_rival_that_cannot_run_says_why_and_one_that_differs_is_not_timed(case
     text = gpu_kernels.lines(case.problem, timings)
     assert "ours  1.50x" in text[3]
     assert "no such package" in text[2]
-    result = gpu_kernels.case_json(case.problem, timings)
-    assert (result["ms"], result["rival"]["missing"]) == (2.0, "ImportError: no such package")
+    result = gpu_kernels.result_json({case.problem: timings})
+    assert result["figure"][case.problem.name]["ms"] == 2.0
+    assert result["rival"]["missing"][case.problem.name] == {"error": "ImportError: no such package"}
+
+
+def test_the_line_counts_bytes_and_flop_and_sets_each_case_beside_them() -> None:
+    decode, prefill = Problem(4, 1, 131071), Problem(1, 4096, 0)
+    results = {
+        problem: {"ballonet": gpu_kernels.Timing(ms), "fa3": gpu_kernels.Timing(2 * ms)}
+        for problem, ms in ((decode, 1.0), (prefill, 0.25))
+    }
+    line = json.loads(json.dumps(gpu_kernels.result_json(results)))
+    assert line["ceiling"]["device"]["bytes_per_s"] == 3.35e12
+    counted = line["ceiling"]["cases"][decode.name]
+    assert counted["read_bytes"] == 4 * 131072 * 8 * 128 * 2 * 2
+    assert counted["floor_ms"] == pytest.approx(counted["read_bytes"] / 3.35e9, rel=1e-4)
+    counted = line["ceiling"]["cases"][prefill.name]
+    assert counted["flop"] == 4 * 32 * 128 * 4096 * 4097 / 2
+    assert line["share"][prefill.name] == pytest.approx(counted["flop"] / 798e9 / 0.25, rel=1e-3)
+    assert line["rival"]["fa3"][decode.name]["ms"] == 2.0
+    assert {"gpu", "versions", "commit"} <= set(line)
+
+
+def test_the_fastest_decode_measured_is_below_the_ceiling() -> None:
+    problem = Problem(4, 1, 131071)
+    _, share, unit = gpu_kernels.rate(problem, problem.kv_bytes / 3.07e9)
+    assert (round(share, 3), unit) == (0.916, "TB/s")
 
 
 def test_nan_is_an_error() -> None:
