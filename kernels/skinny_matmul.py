@@ -137,7 +137,8 @@ def skinny_matmul(
         x.stride(0), weight.stride(0), out.stride(0),
         HAS_BIAS=bias is not None, BLOCK_ROWS=_TILE_ROWS, BLOCK_OUT=_TILE_OUT, BLOCK_IN=_TILE_IN,
         STAGES=_stages(x.element_size(), x.device),
-        IS_EVEN=num_in % _TILE_IN == 0 and num_out % _TILE_OUT == 0, WIDENS=widens_operands(x.dtype), num_warps=4,
+        IS_EVEN=num_in % _TILE_IN == 0 and num_out % _TILE_OUT == 0,
+        WIDENS=widens_operands(x.dtype), num_warps=4,
     )  # fmt: skip
     return out
 
