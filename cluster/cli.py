@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cluster import cli_render, config
 from cluster.bench import command
+from cluster.bench.workload import OptionError
 from cluster.client import Client, ClientError
 from engine.errors import BallonetError
 from engine.messages import EngineSnapshot
@@ -34,6 +35,7 @@ ApiKey = Annotated[str | None, typer.Option(envvar="BALLONET_API_KEY", help="Sen
 DEFAULT_URL = "http://127.0.0.1:8000"
 _FIRST_SAMPLE_S = 0.03  # eight tokens on a GPU take 80 ms
 _LONGEST_SAMPLE_S = 1.0  # looking costs the server time too
+_BAD_OPTION = 2  # as for the options that the command line itself refuses
 _INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
 
@@ -214,7 +216,7 @@ def _errors_end_it() -> Iterator[None]:
         yield
     except BallonetError as error:
         _console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+        raise typer.Exit(_BAD_OPTION if isinstance(error, OptionError) else 1) from error
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
 

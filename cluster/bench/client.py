@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import resource
 import signal
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +22,11 @@ from typing import Any
 import aiohttp
 import orjson
 
+from cluster.bench.events import ERROR_CHARS, EventReader
 from cluster.bench.summary import Record
 
 _CONNECT_S = 60.0  # hundreds of connections at once queue in the server's backlog
 _TOTAL_S = 6 * 3600.0  # vLLM's; a request that waits an hour is a finding, not a fault
-_ERROR_CHARS = 300
 _FILES = 65_535
 
 
@@ -86,6 +89,8 @@ async def _send_all(
     gate = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
     stop = asyncio.Event()
     async with _session() as session:
+        proxy = _proxy(target.url)
+        post = functools.partial(session.post, target.url, headers=target.headers, proxy=proxy)
         origin = time.perf_counter()
 
         async def one(call: Call) -> None:
@@ -93,7 +98,7 @@ async def _send_all(
                 record = Record(time.perf_counter() - origin, call.prompt_tokens)
                 run.records.append(record)
                 run.late_s.append(record.start_s - call.arrival_s)
-                await _stream(session, target, call.body, record, origin)
+                await _stream(post, call.body, record, origin)
                 on_end(record)
 
         with _interrupts_set(stop):
@@ -118,105 +123,53 @@ async def _at_their_times(calls: Sequence[Call], one: Callable[[Call], Any], ori
             group.create_task(one(call))
 
 
-async def _stream(
-    session: aiohttp.ClientSession, target: Target, body: bytes, record: Record, origin: float
-) -> None:
+async def _stream(post: Callable[..., Any], body: bytes, record: Record, origin: float) -> None:
     """One request from sending to its end, written into `record` as it goes."""
     try:
-        async with session.post(target.url, data=body, headers=target.headers) as response:
+        async with post(data=body) as response:
             if response.status != 200:
                 record.error = await _refusal(response)
                 return
-            reader = _EventReader(record)
+            reader = EventReader(record, response.content_type)
             async for chunk in response.content.iter_any():
                 reader.feed(chunk, time.perf_counter() - origin)
             reader.close()
     except (TimeoutError, aiohttp.ClientError, OSError, orjson.JSONDecodeError) as error:
-        record.error = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        record.error = _named(error)
+    except Exception as error:
+        # Servers send what no list foresees; one odd answer must not take the others' figures along.
+        record.error = f"the answer cannot be read: {_named(error)}"
     finally:
         if record.error is not None:
             record.end_s = time.perf_counter() - origin
 
 
-class _EventReader:
-    """Server-sent events of one stream into its record. One `data:` line an event, as OpenAI sends them."""
-
-    def __init__(self, record: Record) -> None:
-        self._record = record
-        self._rest = b""
-        self._usage: int | None = None
-        self._done = False
-
-    def feed(self, chunk: bytes, now_s: float) -> None:
-        """Bytes as they came, at that time."""
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        for line in lines:
-            self._line(line, now_s)
-
-    def close(self) -> None:
-        """The stream has ended: settle the counts, or say what is missing."""
-        self._line(self._rest, self._record.end_s)
-        record = self._record
-        if self._usage is not None:
-            record.output_tokens = self._usage
-        else:
-            record.output_tokens = len(record.delta_times_s)
-        if record.error is not None:
-            return
-        if not self._done:
-            record.error = f"the stream broke off after {len(record.delta_times_s)} deltas"
-        elif not record.delta_times_s and not record.output_tokens:
-            record.error = "the stream ended without a token"
-        else:
-            # All text may be held back to the end, such as bytes that form no character.
-            record.delta_times_s = record.delta_times_s or [record.end_s]
-            record.finished = True
-
-    def _line(self, line: bytes, now_s: float) -> None:
-        if not line.startswith(b"data:"):
-            return  # blank lines between events, comments that keep a connection open
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            self._done = True
-        elif data:
-            self._event(orjson.loads(data), now_s)
-
-    def _event(self, event: Any, now_s: float) -> None:
-        record = self._record
-        if not isinstance(event, dict):
-            record.error = f"the stream has an event that is no object: {str(event)[:_ERROR_CHARS]}"
-            return
-        if error := event.get("error"):
-            message = error.get("message", error) if isinstance(error, dict) else error
-            record.error = f"the stream ended with an error: {str(message)[:_ERROR_CHARS]}"
-        if usage := event.get("usage"):
-            self._usage = usage.get("completion_tokens", self._usage)
-            record.prompt_tokens = usage.get("prompt_tokens") or record.prompt_tokens
-        for choice in (event.get("choices") or ())[:1]:
-            ends = choice.get("finish_reason") is not None
-            if _has_token(choice, ends):
-                record.delta_times_s.append(now_s)
-                record.end_s = now_s
-            if ends:
-                self._done = True
-                record.end_s = now_s
-
-
-def _has_token(choice: dict[str, Any], ends: bool) -> bool:
-    """Whether an event carries tokens: text, or the middle of a character that shows no text yet."""
-    delta = choice.get("delta")
-    if delta is None:
-        return bool(choice.get("text")) or not ends
-    return any(delta.get(name) for name in ("content", "reasoning_content", "reasoning", "tool_calls"))
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> str:
-    """The status and the server's own words."""
+    """The status and the server's own words: its message if it has one, else all of its text."""
     text = (await response.text(errors="replace")).strip()
-    with contextlib.suppress(orjson.JSONDecodeError, AttributeError, TypeError):
+    with contextlib.suppress(orjson.JSONDecodeError):
         body = orjson.loads(text)
-        text = body["error"]["message"] if "error" in body else text
-    return f"HTTP {response.status} {response.reason}: {text[:_ERROR_CHARS]}"
+        error = body.get("error") if isinstance(body, dict) else None
+        message = error.get("message") if isinstance(error, dict) else None
+        text = message if isinstance(message, str) else text
+    return f"HTTP {response.status} {response.reason}: {text[:ERROR_CHARS]}"
+
+
+def _proxy(url: str) -> str | None:
+    """The environment's proxy for it, as for every other request of the command.
+
+    Looked up once: aiohttp's own `trust_env` asks a thread for it, and another for a password, before each
+    request, and so delays what is measured.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
 
 
 def _session() -> aiohttp.ClientSession:

@@ -5,12 +5,13 @@ Light to import: the HTTP client is loaded when the command runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cluster.bench.workload import BenchError, workload_names
+from cluster.bench.workload import OptionError, workload_names
 
 _LOAD, _DATA, _PROMPTS, _OUTPUT = "Load", "Dataset", "Requests", "Results"
 
@@ -26,43 +27,58 @@ Host = Annotated[str, _option("Used with --port where there is no --base-url.", 
 Port = Annotated[int, _option("Of the server.", "Server")]
 Model = Annotated[_Str, _option("Its id; without it the server's first.", "Server")]
 ServedName = Annotated[_Str, _option("Sent as the model, if it differs.", "Server")]
-Backend = Annotated[str, _option("openai (completions), openai-chat, or vllm.", "Server")]
+Backend = Annotated[
+    str,
+    _option("openai or vllm (completions), or openai-chat, timed without its role's event.", "Server"),
+]
 Endpoint = Annotated[_Str, _option("Path, where the backend's own does not fit.", "Server")]
 ApiKey = Annotated[_Str, _option("Sent as a bearer token.", "Server", envvar="OPENAI_API_KEY")]
-Header = Annotated[list[str] | None, _option("KEY=VALUE, more than once if need be.", "Server")]
+Header = Annotated[list[str] | None, _option("KEY=VALUE; repeat it for further ones.", "Server")]
+ReadyCheck = Annotated[int, _option("Seconds to wait for it; 0 is one try.", "Server")]
 Named = Annotated[_Str, _option(f"Instead of a dataset: {', '.join(workload_names())}.", _DATA)]
 DatasetName = Annotated[str, _option("random, sharegpt, burstgpt, azure or mooncake.", _DATA)]
 DatasetPath = Annotated[Path | None, _option("The dataset's file.", _DATA)]
-Tokenizer = Annotated[_Str, _option("Counts sharegpt's tokens; without it 4 characters are one.", _DATA)]
-NumPrompts = Annotated[int, _option("Requests to send; of a trace the first.", _DATA)]
+Tokenizer = Annotated[
+    _Str,
+    _option("Counts sharegpt (else 4 characters are a token) and answers that have no usage.", _DATA),
+]
+NumPrompts = Annotated[int, _option("Requests to send; of a trace the first, or all of fewer.", _DATA)]
 Seed = Annotated[int, _option("Of prompts, lengths and arrivals.", _DATA)]
-InputLen = Annotated[int, _option("Tokens of a random prompt.", _DATA)]
-OutputLen = Annotated[int, _option("Tokens to generate for it.", _DATA)]
+InputLen = Annotated[int, _option("Tokens of a random prompt.", _DATA, "--random-input-len", "--input-len")]
+OutputLen = Annotated[
+    int, _option("Tokens to generate for it.", _DATA, "--random-output-len", "--output-len")
+]
 RangeRatio = Annotated[float, _option("Lengths vary by that share, both ways.", _DATA)]
 PrefixLen = Annotated[int, _option("Tokens that all prompts share, before the random ones.", _DATA)]
 ShareGptLen = Annotated[int | None, _option("Instead of the length of sharegpt's answers.", _DATA)]
 VocabSize = Annotated[int, _option("Random token ids lie below it.", _DATA)]
 Rate = Annotated[float | None, _option("Requests/s, or inf. A trace keeps its own times without it.", _LOAD)]
-Burstiness = Annotated[float, _option("1 is Poisson, less comes in bursts, more is steadier.", _LOAD)]
+Burstiness = Annotated[
+    float, _option("1 is Poisson, less comes in bursts, more is steadier; of a finite rate.", _LOAD)
+]
 SelfTimed = Annotated[
     bool | None, _option("Keep a trace's own times, or not.", _LOAD, "--self-timed/--no-self-timed")
 ]
 MaxConcurrency = Annotated[int | None, _option("Requests open at once.", _LOAD)]
-Warmups = Annotated[int, _option("Requests before the measurement.", _LOAD)]
+Warmups = Annotated[int, _option("Requests before the measurement, with prompts of their own.", _LOAD)]
 IgnoreEos = Annotated[
-    bool | None, _option("Always generate the full length.", _PROMPTS, "--ignore-eos/--no-ignore-eos")
+    bool | None,
+    _option("Generate the full length; on, but for sharegpt.", _PROMPTS, "--ignore-eos/--no-ignore-eos"),
 ]
-Temperature = Annotated[float, _option("0 is greedy.", _PROMPTS)]
+Temperature = Annotated[float | None, _option("0 is greedy; without it the server's own.", _PROMPTS)]
 ExtraBody = Annotated[_Str, _option("A JSON object of further fields of each request.", _PROMPTS)]
 Goodput = Annotated[list[str] | None, _option("Objectives in ms: ttft:200 tpot:50 e2el:5000.", _OUTPUT)]
-MoreGoodput = Annotated[list[str] | None, typer.Argument(hidden=True)]
+More = Annotated[list[str] | None, typer.Argument(hidden=True)]
 Metrics = Annotated[str, _option("Of ttft, tpot, itl, e2el: which to print.", _OUTPUT)]
 Percentiles = Annotated[str, _option("Such as 50,90,99.", _OUTPUT)]
 SaveResult = Annotated[bool, _option("Write a JSON file.", _OUTPUT, "--save-result")]
 SaveDetailed = Annotated[bool, _option("With every request's times.", _OUTPUT, "--save-detailed")]
+AppendResult = Annotated[bool, _option("Add a line to the JSON file.", _OUTPUT, "--append-result")]
+Label = Annotated[_Str, _option("Of the run, in the file and first in its name.", _OUTPUT)]
+Rival = Annotated[Path | None, _option("A result file, ours or vLLM's, to compare with.", _OUTPUT)]
 ResultDir = Annotated[Path, _option("Where.", _OUTPUT)]
 ResultFilename = Annotated[_Str, _option("Under which name.", _OUTPUT)]
-Metadata = Annotated[list[str] | None, _option("KEY=VALUE to keep with the results.", _OUTPUT)]
+Metadata = Annotated[list[str] | None, _option("KEY=VALUE ... to keep under metadata.", _OUTPUT)]
 DisableTqdm = Annotated[bool, _option("No progress bar.", _OUTPUT, "--disable-tqdm")]
 ModelConfig = Annotated[
     Path | None, _option("Its config.json, for the ceiling of the run; with --gpu.", _OUTPUT)
@@ -71,7 +87,8 @@ Gpu = Annotated[_Str, _option("Whose ceiling: h100.", _OUTPUT)]
 
 
 def bench(  # noqa: PLR0913 - a benchmark's options are its arguments
-    more_goodput: MoreGoodput = None,
+    ctx: typer.Context,
+    more: More = None,
     base_url: BaseUrl = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -81,6 +98,7 @@ def bench(  # noqa: PLR0913 - a benchmark's options are its arguments
     endpoint: Endpoint = None,
     api_key: ApiKey = None,
     header: Header = None,
+    ready_check_timeout_sec: ReadyCheck = 0,
     workload: Named = None,
     dataset_name: DatasetName = "random",
     dataset_path: DatasetPath = None,
@@ -99,13 +117,16 @@ def bench(  # noqa: PLR0913 - a benchmark's options are its arguments
     max_concurrency: MaxConcurrency = None,
     num_warmups: Warmups = 0,
     ignore_eos: IgnoreEos = None,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     extra_body: ExtraBody = None,
     goodput: Goodput = None,
     percentile_metrics: Metrics = "ttft,tpot,itl",
     metric_percentiles: Percentiles = "99",
     save_result: SaveResult = False,
     save_detailed: SaveDetailed = False,
+    append_result: AppendResult = False,
+    label: Label = None,
+    rival: Rival = None,
     result_dir: ResultDir = Path("."),
     result_filename: ResultFilename = None,
     metadata: Metadata = None,
@@ -118,11 +139,31 @@ def bench(  # noqa: PLR0913 - a benchmark's options are its arguments
     from cluster.bench.options import Options
     from cluster.bench.run import run
 
-    if more_goodput and not goodput:
-        raise BenchError(f"{more_goodput[0]!r} belongs to no option")
-    # vLLM takes several values after one --goodput; the others arrive here as arguments.
-    options["goodput"] = (options.pop("goodput") or []) + (options.pop("more_goodput") or [])
+    del options["ctx"]
+    _sort_in(options.pop("more") or [], options)
     url = options.pop("base_url")
     address = f"http://{options.pop('host')}:{options.pop('port')}"
+    options["given"] = frozenset(name for name in options if _is_written(ctx, name))
     given = {name: value for name, value in options.items() if value is not None}
     return run(Options(base_url=url or address, **given), typer.echo)
+
+
+def _is_written(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _sort_in(more: Sequence[str], options: dict[str, Any]) -> None:
+    """Give arguments to the options before them: vLLM's take several values, and here the first alone.
+
+    Raises:
+        OptionError: one that belongs to no option, or to either of two.
+    """
+    for word in more:
+        takes = ("metadata", "header") if "=" in word else ("goodput",)
+        given = [name for name in takes if options[name]]
+        if not given:
+            raise OptionError(f"{word!r} belongs to no option")
+        if len(given) > 1:
+            raise OptionError(f"{word!r} may belong to --header or --metadata: repeat the option before each")
+        options[given[0]] = [*options[given[0]], word]

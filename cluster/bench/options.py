@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +11,29 @@ from typing import Any
 
 import orjson
 
-from cluster.bench import floor, report, traces
+from cluster.bench import floor, report
 from cluster.bench.summary import read_objectives
-from cluster.bench.workload import (
-    BenchError,
-    PlannedRequest,
-    RandomPlan,
-    Workload,
-    named_workload,
-    with_arrivals,
-)
+from cluster.bench.workload import BenchError, Workload
 
-DATASETS = ("random", "sharegpt", "burstgpt", "azure", "mooncake")
+_TRACE = ("dataset_name", "dataset_path", "num_prompts", "seed", "vocab_size", "self_timed")
+# Which of the options that describe requests each dataset reads; a named workload reads none.
+_READ_BY = {
+    "random": (
+        "dataset_name",
+        "num_prompts",
+        "seed",
+        "vocab_size",
+        "random_input_len",
+        "random_output_len",
+        "random_range_ratio",
+        "random_prefix_len",
+    ),
+    "sharegpt": ("dataset_name", "dataset_path", "num_prompts", "seed", "sharegpt_output_len"),
+    "burstgpt": _TRACE,
+    "azure": _TRACE,
+    "mooncake": _TRACE,
+}
+DATASETS = tuple(_READ_BY)
 _ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 BACKENDS = tuple(_ENDPOINTS)
 
@@ -32,11 +44,16 @@ class Options:
 
     Attributes:
         workload: a named workload, instead of a dataset; its lengths and seed are its own.
+        given: names of the options that were written out: one that has no effect is refused.
         request_rate: requests/s; None keeps a trace's own times, and sends everything else at once.
         self_timed: whether a trace's own times count; None means if no rate is given.
         ignore_eos: None means for synthetic prompts, whose answers have no end of their own.
+        temperature: None leaves it to the server, as `vllm bench serve` does.
+        tokenizer: counts ShareGPT's tokens, and those of answers that come without `usage`.
         goodput: objectives such as `ttft:200`, in milliseconds.
         model_config: of the model, for the ceiling; `gpu` names whose.
+        rival: an earlier result file, whose figures are set beside this run's.
+        ready_check_timeout_sec: how long the server may take until it answers; 0 is one try.
     """
 
     base_url: str
@@ -63,7 +80,7 @@ class Options:
     sharegpt_output_len: int | None = None
     vocab_size: int = 32_000
     ignore_eos: bool | None = None
-    temperature: float = 0.0
+    temperature: float | None = None
     extra_body: str | None = None
     num_warmups: int = 0
     goodput: Sequence[str] = ()
@@ -71,17 +88,37 @@ class Options:
     metric_percentiles: str = "99"
     save_result: bool = False
     save_detailed: bool = False
+    append_result: bool = False
+    label: str | None = None
+    rival: Path | None = None
     result_dir: Path = Path(".")
     result_filename: str | None = None
     metadata: Sequence[str] = ()
     disable_tqdm: bool = False
     model_config: Path | None = None
     gpu: str | None = None
+    ready_check_timeout_sec: int = 0
+    given: frozenset[str] = frozenset()
 
     @property
     def server(self) -> str:
         """The base URL without the `/v1` that OpenAI's clients want in theirs."""
         return self.base_url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def saves(self) -> bool:
+        """Whether a result file is wanted."""
+        return self.save_result or self.save_detailed or self.append_result
+
+    @property
+    def sends_ignore_eos(self) -> bool:
+        """Whether requests ask to generate past the end of an answer."""
+        return self.dataset_name != "sharegpt" if self.ignore_eos is None else self.ignore_eos
+
+    @property
+    def read_for_requests(self) -> tuple[str, ...]:
+        """Names of the options that describe the requests."""
+        return ("workload",) if self.workload is not None else _READ_BY[self.dataset_name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +135,7 @@ class Checked:
 
 
 def check(options: Options) -> Checked:
-    """Read the options that are texts.
+    """Read the options that are texts, and make the folder that results go to.
 
     Raises:
         BenchError: one that cannot be, by name.
@@ -112,9 +149,9 @@ def check(options: Options) -> Checked:
             raise BenchError(f"--{name} must be one of {', '.join(allowed)}, not {value!r}")
     if (options.model_config is None) != (options.gpu is None):
         raise BenchError("--model-config and --gpu belong together: one has the work, the other the ceiling")
-    for name, number in (("num-prompts", options.num_prompts), ("max-concurrency", options.max_concurrency)):
-        if number is not None and number < 1:
-            raise BenchError(f"--{name} must be at least 1, not {number}")
+    _refuse_small_numbers(options)
+    _refuse_ignored(options)
+    _make_result_folder(options)
     metrics = [name for name in options.percentile_metrics.split(",") if name]
     if unknown := sorted(set(metrics) - set(report.PERCENTILE_METRICS)):
         known = ", ".join(report.PERCENTILE_METRICS)
@@ -133,6 +170,45 @@ def check(options: Options) -> Checked:
     )
 
 
+def _refuse_small_numbers(options: Options) -> None:
+    for name, number, least in (
+        ("num-prompts", options.num_prompts, 1),
+        ("max-concurrency", options.max_concurrency, 1),
+        ("vocab-size", options.vocab_size, 1),
+        ("sharegpt-output-len", options.sharegpt_output_len, 1),
+        ("num-warmups", options.num_warmups, 0),
+        ("ready-check-timeout-sec", options.ready_check_timeout_sec, 0),
+    ):
+        if number is not None and number < least:
+            raise BenchError(f"--{name} must be at least {least}, not {number}")
+
+
+def _refuse_ignored(options: Options) -> None:
+    """A run that silently leaves out what was asked for is another run."""
+    describe = {name for names in _READ_BY.values() for name in names}
+    ignored = sorted((options.given & describe) - set(options.read_for_requests))
+    if ignored:
+        named = options.workload is not None
+        source = f"--workload {options.workload}" if named else f"--dataset-name {options.dataset_name}"
+        raise BenchError(f"{', '.join(map(_flag, ignored))}: without effect on {source}, so leave it out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _make_result_folder(options: Options) -> None:
+    if not options.saves:
+        return
+    folder = (options.result_dir / (options.result_filename or "result.json")).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"--result-dir {folder} cannot be made: {error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BenchError(f"--result-dir {folder} cannot be written to")
+
+
 def _percentiles(text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
@@ -145,10 +221,10 @@ def _percentiles(text: str) -> list[float]:
 
 def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
-    for name, sign, _ in pairs:
+    for text, (name, sign, _) in zip(texts, pairs, strict=True):
         if not name or not sign:
-            raise BenchError(f"{option} must be KEY=VALUE, not {name!r}")
-    return {name: value for name, _, value in pairs}
+            raise BenchError(f"{option} must be KEY=VALUE, not {text!r}")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _extra_body(text: str | None) -> dict[str, Any]:
@@ -161,63 +237,25 @@ def _extra_body(text: str | None) -> dict[str, Any]:
     return body
 
 
-def make_workload(options: Options) -> Workload:
-    """The workload that the options describe.
-
-    Raises:
-        BenchError: they describe none.
-    """
-    if options.workload is not None:
-        named = named_workload(options.workload)
-        return (
-            named
-            if options.request_rate is None
-            else with_arrivals(named, _rate(options), options.burstiness)
-        )
-    if options.dataset_name == "random":
-        plan = RandomPlan(
-            options.num_prompts,
-            options.random_input_len,
-            options.random_output_len,
-            options.random_range_ratio,
-            options.random_prefix_len,
-            _rate(options),
-            options.burstiness,
-            options.seed,
-            options.vocab_size,
-        )
-        return plan.workload("random")
-    workload = traces.trace_workload(options.dataset_name, _read(options), options.seed, options.vocab_size)
-    own_times = options.request_rate is None if options.self_timed is None else options.self_timed
-    if own_times and options.dataset_name != "sharegpt":
-        return workload
-    return with_arrivals(workload, _rate(options), options.burstiness)
-
-
-def _rate(options: Options) -> float:
-    return math.inf if options.request_rate is None else options.request_rate
-
-
-def _read(options: Options) -> list[PlannedRequest]:
-    path, count = options.dataset_path, options.num_prompts
-    if path is None:
-        raise BenchError(f"--dataset-name {options.dataset_name} needs --dataset-path")
-    if options.dataset_name == "sharegpt":
-        return traces.read_sharegpt(
-            path, count, options.seed, options.sharegpt_output_len, _counter(options.tokenizer)
-        )
-    readers = {
-        "burstgpt": traces.read_burstgpt,
-        "azure": traces.read_azure,
-        "mooncake": traces.read_mooncake,
+def told(options: Options, checked: Checked, workload: Workload) -> dict[str, Any]:
+    """What was run, for the result: every option that shaped it. No headers and no key: they are secrets."""
+    names = ("backend", "endpoint", "served_model_name", "tokenizer", "label", *options.read_for_requests)
+    load = ("max_concurrency", "burstiness", "num_warmups", "temperature")
+    facts = {name: getattr(options, name) for name in (*names, *load)}
+    facts |= {
+        "num_prompts": len(workload.requests),
+        "seed": workload.seed,
+        "vocab_size": workload.vocab_size,
+        "request_rate": workload.request_rate,
+        "ignore_eos": options.sends_ignore_eos,
+        "extra_body": dict(checked.extra_body),
+        "goodput": dict(checked.objectives_ms),
     }
-    return readers[options.dataset_name](path, count)
+    return {name: _plain(value) for name, value in facts.items()}
 
 
-def _counter(source: str | None) -> traces.CountTokens:
-    if source is None:
-        return traces.estimate_tokens
-    from cluster.tokenizer import Tokenizer  # only here: it takes a second to load
-
-    tokenizer = Tokenizer.load(source)
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+def _plain(value: Any) -> Any:
+    """As JSON can hold it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""What a run says: the block that `vllm bench serve` prints, one JSON line, and the result file.
+"""What a run says: the block that `vllm bench serve` prints, and one JSON line.
 
 Labels, order and widths of the block are vLLM's (0.26), so that scripts which read it keep working; what
 is our own follows after its last section.
@@ -6,19 +6,17 @@ is our own follows after its last section.
 
 from __future__ import annotations
 
-import datetime as dt
 import importlib.metadata
-import json
 import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.bench.floor import Floor
-from cluster.bench.summary import Record, Series, Summary
+from cluster.bench.summary import Series, Summary
 
 _WIDTH = 50
 _TITLES = {
@@ -34,7 +32,7 @@ PERCENTILE_METRICS = ("ttft", "tpot", "itl", "e2el")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the block and the result file repeat of the options."""
+    """What the block repeats of the options."""
 
     backend: str
     model: str
@@ -129,15 +127,15 @@ def figures(summary: Summary) -> dict[str, float]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in named.items()}
 
 
-def result_line(
+def result(
     bench: str,
     workload: str,
     figure: Mapping[str, Any],
     floor: Floor | None,
     rival: Mapping[str, Any] | None,
-    machine: Mapping[str, Any],
-) -> str:
-    """The JSON line that ends every run.
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The JSON line that ends every run, before it is encoded.
 
     `share` is the floor's time over the measured `duration`: 1 would be the ceiling.
     """
@@ -149,7 +147,7 @@ def result_line(
             "of_phases": round(floor.phases_s / figure["duration"], 4),
         }
     line = {"bench": bench, "workload": workload, "figure": figure, "ceiling": ceiling, "share": share}
-    return json.dumps({**line, "rival": rival, **machine})
+    return {**line, "rival": rival, **about}
 
 
 def machine(gpu: str | None, packages: Sequence[str]) -> dict[str, Any]:
@@ -178,42 +176,3 @@ def commit() -> str:
 def _git(folder: Path, *words: str) -> str:
     run = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
     return run.stdout.strip()
-
-
-def result_path(folder: Path, filename: str | None, settings: Settings) -> Path:
-    """Where a result file goes; without a name of its own it gets one like vLLM's."""
-    rate = "trace" if settings.request_rate is None else settings.request_rate
-    concurrency = f"-concurrency{settings.max_concurrency}" if settings.max_concurrency else ""
-    model, now = settings.model.split("/")[-1], dt.datetime.now()
-    name = f"{settings.backend}-{rate}qps{concurrency}-{model}-{now:%Y%m%d-%H%M%S}.json"
-    return folder / (filename or name)
-
-
-def save(
-    path: Path,
-    settings: Settings,
-    summary: Summary,
-    records: Sequence[Record],
-    detailed: bool,
-    metadata: Mapping[str, str],
-) -> None:
-    """Write the result file, its folder too; the keys are vLLM's.
-
-    Args:
-        detailed: whether to keep every successful request's lengths and times.
-    """
-    date = f"{dt.datetime.now():%Y%m%d-%H%M%S}"
-    content: dict[str, Any] = {"date": date, **asdict(settings), **metadata, **figures(summary)}
-    content["request_rate"] = str(settings.request_rate)
-    content["errors"] = sorted({record.error for record in records if record.error})
-    if detailed:
-        good = [record for record in records if record.succeeded]
-        content |= {
-            "input_lens": [record.prompt_tokens for record in good],
-            "output_lens": [record.output_tokens for record in good],
-            "ttfts": [record.ttft_s for record in good],
-            "itls": [record.gaps_s for record in good],
-            "start_times": [record.start_s for record in good],
-        }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content) + "\n")

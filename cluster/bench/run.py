@@ -2,58 +2,160 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import orjson
+import httpx
 from tqdm import tqdm
 
-from cluster.bench import client, floor, report
-from cluster.bench.options import Checked, Options, check, make_workload
+from cluster.bench import client, floor, report, results
+from cluster.bench.calls import make_calls
+from cluster.bench.datasets import make_workload, token_counter
+from cluster.bench.options import Checked, Options, check, told
 from cluster.bench.summary import Record, Summary, summarise
-from cluster.bench.workload import BenchError, Workload
+from cluster.bench.traces import CountTokens
+from cluster.bench.workload import BenchError, OptionError, PlannedRequest, Workload
 from cluster.client import Client
+from engine.errors import BallonetError
 
+Say = Callable[[str], None]
 _INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 _KEPT_UP_S = 0.05  # later than this, and the figures are the client's as much as the server's
+_RETRY_S = 1.0
+_VERSION_S = 5.0  # a version is a nicety: no run waits long for it
 
 
-def run(options: Options, say: Callable[[str], None]) -> int:
-    """Run the benchmark; `say` prints a line. Returns the exit status: 1 if nothing succeeded.
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that is known before the first request."""
+
+    options: Options
+    checked: Checked
+    workload: Workload
+    shape: floor.ModelShape | None
+    rival: Mapping[str, Any] | None
+    count_tokens: CountTokens | None
+
+    @property
+    def target(self) -> client.Target:
+        return client.Target(self.checked.url, self.checked.headers)
+
+    def calls(self, requests: Sequence[PlannedRequest], model: str) -> list[client.Call]:
+        return make_calls(self.options, self.checked, self.workload, requests, model)
+
+    def settings(self, model: str) -> report.Settings:
+        return report.Settings(
+            self.options.backend,
+            model,
+            self.workload.name,
+            self.workload.request_rate,
+            self.options.max_concurrency,
+            self.checked.objectives_ms,
+            self.checked.metrics,
+        )
+
+
+def run(options: Options, say: Say) -> int:
+    """Run the benchmark; `say` prints a line.
+
+    Returns:
+        The exit status: 0 only if every request succeeded and what was to be saved is.
 
     Raises:
-        BenchError: an option that cannot be, a file that cannot be read, a server that does not answer.
+        OptionError: an option that cannot be, a file that cannot be read; nothing was sent.
+        BenchError, ClientError: a server that does not answer.
     """
-    checked = check(options)
-    workload = make_workload(options)
-    bound = _floor(options, workload)
-    model = options.model or _first_model(options.server, checked.headers)
+    plan = _plan(options)
+    say("Starting initial single prompt test run...")
+    model = _when_ready(lambda: _try_first(plan), options.ready_check_timeout_sec)
     if options.model is None:
         say(f"--model is not given: benchmarking {model}, the server's first")
-    calls = _calls(options, checked, workload, model)
-    target = client.Target(checked.url, checked.headers)
-    _try_first(target, calls, options, say)
-    say(f"Starting main benchmark run: {len(calls)} requests to {checked.url}")
-    rate = "the trace's own times" if workload.request_rate is None else workload.request_rate
-    say(f"Traffic request rate: {rate}")
-    say(f"Maximum request concurrency: {options.max_concurrency}")
-    done = _send(target, calls, options)
-    summary = summarise(done.records, done.duration_s, checked.objectives_ms, checked.percentiles)
+    _warm_up(plan, model, say)
+    calls = plan.calls(plan.workload.requests, model)
+    _announce(plan, say)
+    done = _send(plan.target, calls, options)
+    counts = _count_missing(done.records, plan.count_tokens, say)
+    summary = summarise(done.records, done.duration_s, plan.checked.objectives_ms, plan.checked.percentiles)
     _say_troubles(done, summary, options, len(calls), say)
-    settings = _settings(options, checked, workload, model)
-    say(report.block(summary, settings))
-    if options.save_result or options.save_detailed:
-        path = report.result_path(options.result_dir, options.result_filename, settings)
-        report.save(path, settings, summary, done.records, options.save_detailed, checked.metadata)
-        say(f"saved to {path}")
-    figure = report.figures(summary) | {"max_send_delay_s": round(max(done.late_s, default=0.0), 4)}
-    machine = report.machine(bound.ceiling.name if bound else None, ("ballonet", "aiohttp"))
-    about = {"model": model, "url": checked.url, **checked.metadata, **machine}
-    say(report.result_line("serve", workload.name, figure, bound, None, about))
+    say(report.block(summary, plan.settings(model)))
+    line = _result(plan, model, done, report.figures(summary) | counts)
+    for text in results.comparison_lines(line["rival"]) if line["rival"] else ():
+        say(text)
+    saved = not options.saves or _save(plan, model, line, done.records, say)
+    say(json.dumps(line, allow_nan=False))
     if done.interrupted:
         return _INTERRUPTED
-    return 0 if summary.completed else 1
+    return 0 if saved and summary.completed and not summary.failed else 1
+
+
+def _plan(options: Options) -> _Plan:
+    try:
+        checked = check(options)
+        shape = None if options.model_config is None else floor.read_shape(options.model_config)
+        rival = None if options.rival is None else results.read_rival(options.rival)
+        counter = token_counter(options.tokenizer)
+        return _Plan(options, checked, make_workload(options), shape, rival, counter)
+    except BallonetError as error:
+        raise OptionError(str(error)) from error
+
+
+def _announce(plan: _Plan, say: Say) -> None:
+    count, asked = len(plan.workload.requests), plan.options.num_prompts
+    if plan.options.workload is None and count < asked:
+        say(f"{plan.options.dataset_path} has only {count} requests that can be used, not {asked}")
+    say(f"Starting main benchmark run: {count} requests to {plan.checked.url}")
+    rate = plan.workload.request_rate
+    say(f"Traffic request rate: {'the own times of the trace' if rate is None else rate}")
+    say(f"Maximum request concurrency: {plan.options.max_concurrency}")
+
+
+def _when_ready(attempt: Callable[[], str], limit_s: float) -> str:
+    """What `attempt` returns, tried once a second until it fails after the limit."""
+    give_up = time.monotonic() + limit_s
+    while True:
+        try:
+            return attempt()
+        except BallonetError:
+            if time.monotonic() + _RETRY_S > give_up:
+                raise
+            time.sleep(_RETRY_S)
+
+
+def _try_first(plan: _Plan) -> str:
+    """The model's id, after one request alone: a wrong URL is found here, not 1,000 times.
+
+    vLLM 0.26 sends such a request only with --ready-check-timeout-sec.
+    """
+    model = plan.options.model or _first_model(plan.options.server, plan.checked.headers)
+    first = client.send_all(plan.target, plan.calls(plan.workload.probes(1), model))
+    if first.interrupted:
+        raise KeyboardInterrupt
+    if (error := first.records[0].error) is not None:
+        raise BenchError(f"the test request to {plan.checked.url} failed: {error}")
+    return model
+
+
+def _first_model(server: str, headers: Mapping[str, str]) -> str:
+    try:
+        return Client(server, headers=headers).models()[0]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise BenchError(f"{server}/v1/models names no model: give --model") from error
+
+
+def _warm_up(plan: _Plan, model: str, say: Say) -> None:
+    count = plan.options.num_warmups
+    if count == 0:
+        return
+    say(f"Warming up with {count} requests...")
+    # The test request was the first probe: a cache may hold it.
+    probes = plan.workload.probes(count + 1)[1:]
+    done = client.send_all(plan.target, plan.calls(probes, model), plan.options.max_concurrency)
+    if done.interrupted:
+        raise KeyboardInterrupt
 
 
 def _send(target: client.Target, calls: Sequence[client.Call], options: Options) -> client.Run:
@@ -65,77 +167,75 @@ def _send(target: client.Target, calls: Sequence[client.Call], options: Options)
         return client.send_all(target, calls, options.max_concurrency, count)
 
 
-def _settings(options: Options, checked: Checked, workload: Workload, model: str) -> report.Settings:
-    return report.Settings(
-        options.backend,
-        model,
-        workload.name,
-        workload.request_rate,
-        options.max_concurrency,
-        checked.objectives_ms,
-        checked.metrics,
+def _count_missing(records: Sequence[Record], count_tokens: CountTokens | None, say: Say) -> dict[str, Any]:
+    """Settle the output tokens that the server did not count, and say so."""
+    missing = [record for record in records if record.succeeded and not record.counted]
+    if not missing:
+        return {"requests_without_usage": 0, "counted_instead_by": None}
+    if count_tokens is not None:
+        for record in missing:
+            record.output_tokens = max(1, count_tokens("".join(record.pieces)))
+    counted_by = "deltas" if count_tokens is None else "tokenizer"
+    remedy = "; a delta may hold several tokens, so give --tokenizer" if count_tokens is None else ""
+    say(f"{len(missing)} answers came without `usage`: their tokens are counted by {counted_by}{remedy}")
+    return {"requests_without_usage": len(missing), "counted_instead_by": counted_by}
+
+
+def _result(plan: _Plan, model: str, done: client.Run, figure: dict[str, Any]) -> dict[str, Any]:
+    """The result line, which says what was run, on what, and how far it is from its ceiling."""
+    figure["max_send_delay_s"] = round(max(done.late_s, default=0.0), 4)
+    ceiling = floor.CEILINGS[plan.options.gpu] if plan.options.gpu else None
+    machine = report.machine(ceiling.name if ceiling else None, ("ballonet", "aiohttp"))
+    if (version := _server_version(plan.options.server, plan.checked.headers)) is not None:
+        machine["versions"]["server"] = version
+    options = told(plan.options, plan.checked, plan.workload)
+    about = {"model": model, "url": plan.checked.url, "options": options}
+    about |= {"metadata": dict(plan.checked.metadata), **machine}
+    rival = None if plan.rival is None else results.compare(figure, plan.rival, options)
+    return report.result("serve", plan.workload.name, figure, _floor(plan, done, ceiling), rival, about)
+
+
+def _floor(plan: _Plan, done: client.Run, ceiling: floor.Ceiling | None) -> floor.Floor | None:
+    """Of the work that was done, which is what `duration` measures: answers may end early, fail, or stop.
+
+    Arrivals are the planned ones. When a request was sent depends on the server where concurrency is
+    limited: a floor over those times would grow with the server's slowness.
+    """
+    requests = tuple(
+        PlannedRequest(record.start_s - late_s, record.prompt_tokens, max(1, record.output_tokens))
+        for record, late_s in zip(done.records, done.late_s, strict=True)
+        if record.succeeded
     )
-
-
-def _floor(options: Options, workload: Workload) -> floor.Floor | None:
-    if options.model_config is None:
+    if plan.shape is None or ceiling is None or not requests:
         return None
-    return floor.floor_of(
-        workload, floor.read_shape(options.model_config), floor.CEILINGS[options.gpu or "h100"]
-    )
+    return floor.floor_of(Workload(plan.workload.name, requests, plan.workload.seed), plan.shape, ceiling)
 
 
-def _first_model(server: str, headers: Mapping[str, str]) -> str:
+def _server_version(server: str, headers: Mapping[str, str]) -> str | None:
+    """What `/version` answers; None from a server that has none."""
     try:
-        return Client(server, headers=headers).models()[0]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BenchError(f"{server}/v1/models names no model: give --model") from error
+        answer = httpx.get(server + "/version", headers=dict(headers), timeout=_VERSION_S)
+        version = answer.json()["version"] if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, str) else None
 
 
-def _calls(options: Options, checked: Checked, workload: Workload, model: str) -> list[client.Call]:
-    """Bodies, encoded now so that the run itself only sends."""
-    ignore_eos = options.dataset_name != "sharegpt" if options.ignore_eos is None else options.ignore_eos
-    common: dict[str, Any] = {
-        "model": options.served_model_name or model,
-        "temperature": options.temperature,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if ignore_eos:
-        common["ignore_eos"] = True
-    common |= checked.extra_body
-    chat = checked.url.endswith("/chat/completions")
-    calls = []
-    for request in workload.requests:
-        body = dict(common, max_tokens=request.output_tokens)
-        if chat:
-            body["messages"] = [{"role": "user", "content": workload.words(request)}]
-        else:
-            body["prompt"] = request.text or workload.token_ids(request)
-        calls.append(client.Call(request.arrival_s, request.prompt_tokens, orjson.dumps(body)))
-    return calls
+def _save(plan: _Plan, model: str, line: Mapping[str, Any], records: Sequence[Record], say: Say) -> bool:
+    """Whether it could be: the result line comes after this, and must come."""
+    options, settings = plan.options, plan.settings(model)
+    path = results.result_path(options.result_dir, options.result_filename, options.label, settings)
+    content = results.content(line, settings, records if options.save_detailed else None)
+    try:
+        results.save(path, content, options.append_result)
+    except OSError as error:
+        say(f"error: the result cannot be saved to {path}: {error}")
+        return False
+    say(f"saved to {path}")
+    return True
 
 
-def _try_first(
-    target: client.Target, calls: Sequence[client.Call], options: Options, say: Callable[[str], None]
-) -> None:
-    """One request alone, as vLLM does, and the warm-ups: a wrong URL is found here, not 1,000 times."""
-    say("Starting initial single prompt test run...")
-    probes = [client.Call(0.0, call.prompt_tokens, call.body) for call in calls]
-    first = client.send_all(target, probes[:1])
-    if first.interrupted:
-        raise KeyboardInterrupt
-    if (error := first.records[0].error) is not None:
-        raise BenchError(f"the test request to {target.url} failed: {error}")
-    if options.num_warmups > 0:
-        say(f"Warming up with {options.num_warmups} requests...")
-        repeated = [probes[index % len(probes)] for index in range(options.num_warmups)]
-        client.send_all(target, repeated, options.max_concurrency)
-
-
-def _say_troubles(
-    done: client.Run, summary: Summary, options: Options, planned: int, say: Callable[[str], None]
-) -> None:
+def _say_troubles(done: client.Run, summary: Summary, options: Options, planned: int, say: Say) -> None:
     """What a reader of the figures must know first."""
     if summary.failed:
         kinds = sorted({record.error for record in done.records if record.error})

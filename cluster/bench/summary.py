@@ -31,6 +31,8 @@ class Record:
         output_tokens: tokens generated, as the server counted them; or deltas, if it did not.
         finished: whether the stream reached its end.
         error: why it failed; None if it did not.
+        counted: whether the server counted the output tokens (`usage`); else deltas were counted.
+        pieces: the text, as it came.
     """
 
     start_s: float
@@ -40,6 +42,8 @@ class Record:
     output_tokens: int = 0
     finished: bool = False
     error: str | None = None
+    counted: bool = False
+    pieces: list[str] = field(default_factory=list)
 
     @property
     def succeeded(self) -> bool:
@@ -242,7 +246,7 @@ def read_objectives(pairs: Sequence[str]) -> dict[str, float]:
             limit = float(value)
         except ValueError:
             limit = -1.0
-        if name not in OBJECTIVES or not limit >= 0:
+        if name not in OBJECTIVES or not 0 <= limit < math.inf:
             raise BenchError(
                 f"--goodput {pair!r}: write NAME:MILLISECONDS, with a name of {', '.join(OBJECTIVES)}, "
                 "such as ttft:200"

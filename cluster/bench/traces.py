@@ -108,7 +108,7 @@ def read_mooncake(path: Path, num_prompts: int) -> list[PlannedRequest]:
     """
 
     def requests() -> Iterator[PlannedRequest]:
-        for line, text in enumerate(_text(path).splitlines(), 1):
+        for line, text in enumerate(_lines(path), 1):
             if text.strip():
                 yield _mooncake_request(path, line, text)
 
@@ -122,7 +122,8 @@ def _mooncake_request(path: Path, line: int, text: str) -> PlannedRequest:
         raise BenchError(f"{path}, line {line}: not JSON ({error.msg})") from error
     if not isinstance(row, dict):
         raise BenchError(f"{path}, line {line}: not an object but {_kind(row)}")
-    num_in, num_out = _count(path, line, row, "input_length"), _count(path, line, row, "output_length")
+    num_in = max(1, _count(path, line, row, "input_length"))
+    num_out = max(1, _count(path, line, row, "output_length"))
     hash_ids = row.get("hash_ids", [])
     if not isinstance(hash_ids, list) or len(hash_ids) > -(-num_in // _MOONCAKE_BLOCK_TOKENS):
         raise BenchError(
@@ -135,9 +136,7 @@ def _mooncake_request(path: Path, line: int, text: str) -> PlannedRequest:
         left -= parts[-1][1]
     if left:
         parts.append((f"line {line}", left))
-    return PlannedRequest(
-        _number(path, line, row, "timestamp") / 1e3, max(1, num_in), max(1, num_out), tuple(parts)
-    )
+    return PlannedRequest(_number(path, line, row, "timestamp") / 1e3, num_in, num_out, tuple(parts))
 
 
 def trace_workload(name: str, requests: list[PlannedRequest], seed: int, vocab_size: int) -> Workload:
@@ -151,7 +150,7 @@ def trace_workload(name: str, requests: list[PlannedRequest], seed: int, vocab_s
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, str]]]:
-    reader = csv.DictReader(_text(path).splitlines())
+    reader = csv.DictReader(_lines(path))
     missing = [column for column in columns if column not in (reader.fieldnames or ())]
     if missing:
         raise BenchError(
@@ -208,11 +207,24 @@ def _not_empty(path: Path, requests: list[PlannedRequest]) -> list[PlannedReques
     return requests
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """Line by line: of a trace of half a gigabyte often only the first hundred requests are wanted."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from file
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BenchError(f"--dataset-path {path} cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> BenchError:
+    return BenchError(f"--dataset-path {path} cannot be read: {error}")
 
 
 def _kind(value: Any) -> str:

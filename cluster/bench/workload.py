@@ -30,6 +30,10 @@ class BenchError(BallonetError):
     """A benchmark cannot run as asked; the message says which option or line, and what to do."""
 
 
+class OptionError(BenchError):
+    """An option, or the file it names, makes no benchmark; raised before the first request."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
     """One request, before it is sent.
@@ -85,6 +89,20 @@ class Workload:
         for label, length in request.parts:
             words += random.Random(f"{self.seed}/{label}").choices(_WORDS, k=length)
         return " ".join(words)
+
+    def probes(self, count: int) -> list[PlannedRequest]:
+        """Requests as long as the first ones, of random tokens that no other request has.
+
+        For trying a server out and warming it up: had they the measured prompts, a server that caches
+        prefixes would be measured on a warm cache.
+        """
+        probes = []
+        for index in range(count):
+            like = self.requests[index % len(self.requests)]
+            parts = ((f"probe {index}", like.prompt_tokens),)
+            probe = replace(like, arrival_s=0.0, parts=parts, text=None)
+            probes.append(probe if like.text is None else replace(probe, text=self.words(probe)))
+        return probes
 
 
 @dataclass(frozen=True, slots=True)

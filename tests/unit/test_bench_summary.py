@@ -87,7 +87,7 @@ def test_objectives_are_read() -> None:
     assert read_objectives(["ttft:200", "tpot:50.5"]) == {"ttft": 200.0, "tpot": 50.5}
 
 
-@pytest.mark.parametrize("text", ["ttft", "ttft:", "itl:5", "ttft:-1", "ttft:nan", "ttft:1:2"])
+@pytest.mark.parametrize("text", ["ttft", "ttft:", "itl:5", "ttft:-1", "ttft:nan", "ttft:inf", "ttft:1:2"])
 def test_bad_objectives(text: str) -> None:
     with pytest.raises(BenchError, match="NAME:MILLISECONDS"):
         read_objectives([text])
@@ -151,20 +151,6 @@ def test_the_block_leaves_out_what_was_not_asked_for() -> None:
         assert absent not in text
 
 
-def test_a_result_file_is_named_and_keyed_like_vllms(tmp_path: Path) -> None:
-    path = report.result_path(tmp_path / "new", None, _settings())
-    report.save(path, _settings(), _summary(), RECORDS, True, {"gpu": "none"})
-    content = json.loads(path.read_text())
-    assert content["completed"] == 3
-    assert content["p99_ttft_ms"] == 990.0
-    assert content["gpu"] == "none"
-    assert content["errors"] == ["HTTP 500"]
-    assert content["itls"] == [[0.25, 0.25, 0.5], [1.0], []]
-    named = report.result_path(tmp_path, "r.json", _settings())
-    report.save(named, _settings(), _summary(), RECORDS, False, {})
-    assert "itls" not in json.loads((tmp_path / "r.json").read_text())
-
-
 TINY = floor.ModelShape(hidden=4, intermediate=8, layers=2, heads=2, kv_heads=1, head_dim=2, vocab=10)
 CEILING = floor.Ceiling("test", bytes_per_s=1000.0, flop_per_s=10_000.0)
 
@@ -220,9 +206,7 @@ def test_a_configuration_that_is_none(tmp_path: Path, text: str, message: str) -
 def test_the_line_sets_the_run_beside_its_floor() -> None:
     bound = floor.floor_of(Workload("w", (PlannedRequest(0.0, 3, 3),), 0), TINY, CEILING)
     figures = report.figures(_summary())
-    line = json.loads(
-        report.result_line("serve", "w", figures, bound, None, report.machine("none", ["aiohttp"]))
-    )
+    line = report.result("serve", "w", figures, bound, None, report.machine("none", ["aiohttp"]))
     assert line["share"]["of_floor"] == round(bound.floor_s / 4.0, 4)
     assert line["ceiling"]["flop"] == bound.flop
     assert set(line) == {

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.bench import traces
-from cluster.bench.options import Options, make_workload
+from cluster.bench.datasets import make_workload
+from cluster.bench.options import Options
 from cluster.bench.workload import BenchError, PlannedRequest
 
 BURSTGPT = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
@@ -69,6 +70,25 @@ def test_mooncake_shares_the_blocks_that_were_shared(tmp_path: Path) -> None:
     assert first[:512] == second[:512]
     assert first[512:600] != second[512:600]
     assert [request.arrival_s for request in workload.requests] == pytest.approx([0.0, 1.053])
+
+
+def test_an_empty_mooncake_prompt_becomes_one_token(tmp_path: Path) -> None:
+    row = '{"timestamp": 1, "input_length": 0, "output_length": 0, "hash_ids": []}'
+    requests = traces.read_mooncake(_file(tmp_path, row), 1)
+    workload = traces.trace_workload("mooncake", requests, seed=0, vocab_size=32_000)
+    assert _lengths(requests) == [(0.001, 1, 1)]
+    assert len(workload.token_ids(requests[0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("read", "text"), [(traces.read_azure, AZURE_2024), (traces.read_mooncake, MOONCAKE)]
+)
+def test_no_more_of_a_trace_is_read_than_wanted(tmp_path: Path, read: Reader, text: str) -> None:
+    """A megabyte of lines, then a byte that is no UTF-8: whoever reads the whole file fails."""
+    lines = text.rstrip("\n").split("\n")
+    path = tmp_path / "trace"
+    path.write_bytes(("\n".join(lines) + "\n" + 40_000 * (lines[-1] + "\n")).encode() + b"\xff\n")
+    assert len(read(path, 2)) == 2
 
 
 def test_num_prompts_takes_the_first(tmp_path: Path) -> None:

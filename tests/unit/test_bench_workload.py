@@ -10,6 +10,7 @@ import pytest
 
 from cluster.bench.workload import (
     BenchError,
+    PlannedRequest,
     RandomPlan,
     Workload,
     arrival_times,
@@ -63,6 +64,24 @@ def test_prompts_differ_between_requests_and_share_the_prefix() -> None:
     assert [len(prompt) for prompt in prompts] == [70, 70, 70]
     assert prompts[0][:20] == prompts[1][:20] == prompts[2][:20]
     assert len({tuple(prompt[20:]) for prompt in prompts}) == 3
+
+
+def test_probes_have_the_lengths_of_the_requests_and_none_of_their_tokens() -> None:
+    """A server with a prefix cache must find nothing of the measured prompts in it."""
+    workload = RandomPlan(2, 50, 5, prefix_len=20).workload("w")
+    probes = workload.probes(3)
+    assert [(probe.prompt_tokens, probe.output_tokens) for probe in probes] == [(70, 5)] * 3
+    first_tokens = {tuple(workload.token_ids(r)[:4]) for r in (*workload.requests, *probes)}
+    assert len(first_tokens) == 1 + 3  # the shared prefix, and one for each probe
+
+
+def test_probes_of_a_text_are_text() -> None:
+    request = PlannedRequest(2.0, 5, 7, text="What is the capital of France?")
+    (probe,) = Workload("w", (request,), seed=0).probes(1)
+    assert (probe.arrival_s, probe.output_tokens) == (0.0, 7)
+    assert probe.text is not None
+    assert probe.text != request.text
+    assert len(probe.text.split()) == 5
 
 
 def test_another_seed_is_another_workload() -> None:
