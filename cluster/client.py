@@ -15,6 +15,7 @@ from engine.messages import EngineSnapshot, MemorySnapshot
 
 _CONNECT_S = 5.0
 _READ_S = 600.0  # a long prompt on a slow machine sends nothing for minutes
+_VERSION_S = 5.0  # a version is a nicety
 
 Message = Mapping[str, str]
 
@@ -68,6 +69,10 @@ class Client:
         """Ids of the models that the server offers."""
         return [model["id"] for model in self._get("/v1/models")["data"]]
 
+    def version(self) -> str:
+        """The server's own version, if it tells it within a few seconds."""
+        return str(self._get("/version", _VERSION_S)["version"])
+
     def status(self) -> dict[str, list[EngineSnapshot]]:
         """Snapshots of all engines by model id."""
         answer = self._get("/status")
@@ -114,9 +119,9 @@ class Client:
             total_s=total_s,
         )
 
-    def _get(self, path: str) -> Any:
+    def _get(self, path: str, timeout_s: float = _READ_S) -> Any:
         try:
-            response = self._http.get(path)
+            response = self._http.get(path, timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if response.is_error:

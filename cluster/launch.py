@@ -26,9 +26,6 @@ Progress = Callable[[str], None]
 BuildApplication = Callable[[dict[str, Any]], serve.Application]
 
 _POLL_S = 0.25
-# Serve kills an HTTP proxy that is not up after 5 s, and `serve.start` fails with it; on two busy
-# cores its imports alone take longer.
-PROXY_START = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 _WORDS = {"UPDATING": "starting", "HEALTHY": "ready"}  # Serve's words for a first deployment mislead
 # How Ray renders one of our errors at the end of a traceback, whatever surrounds it.
 _OUR_ERROR = re.compile(r"engine\.errors\.\w+: (.+?)(?=\n\s*\n|\n\x1b|\n\S*Traceback|\Z)", re.DOTALL)
@@ -67,6 +64,15 @@ def _require_model(llm: LLMConfig) -> None:
     raise ConfigError(f"{llm.model_id}: there is no model at {source}; {remedy}")
 
 
+def wait_for_slow_proxies() -> None:
+    """To be called before Ray starts here: its processes take the setting over.
+
+    Serve kills an HTTP proxy that is not up after 5 s, and `serve.start` fails with it; on two busy cores
+    its imports alone take longer.
+    """
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+
+
 @contextmanager
 def ray_running(address: str | None, verbose: bool) -> Iterator[None]:
     """A Ray to deploy on: one of our own on this machine, or the one at `address`.
@@ -74,7 +80,7 @@ def ray_running(address: str | None, verbose: bool) -> Iterator[None]:
     Ours ends with the block; Ray at an address only loses our connection.
     """
     if not address:
-        os.environ.update(PROXY_START | os.environ)
+        wait_for_slow_proxies()
     # Ray and Serve narrate their start at INFO; the replicas' logs are in the session's directory.
     ray.init(
         address=address or "local",

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 from tqdm import tqdm
 
 from cluster.bench import client, floor, report, results
@@ -26,7 +25,6 @@ Say = Callable[[str], None]
 _INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 _KEPT_UP_S = 0.05  # later than this, and the figures are the client's as much as the server's
 _RETRY_S = 1.0
-_VERSION_S = 5.0  # a version is a nicety: no run waits long for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +212,9 @@ def _floor(plan: _Plan, done: client.Run, ceiling: floor.Ceiling | None) -> floo
 def _server_version(server: str, headers: Mapping[str, str]) -> str | None:
     """What `/version` answers; None from a server that has none."""
     try:
-        answer = httpx.get(server + "/version", headers=dict(headers), timeout=_VERSION_S)
-        version = answer.json()["version"] if answer.status_code == 200 else None
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return Client(server, headers=headers).version()
+    except (BallonetError, ValueError, KeyError, TypeError):
         return None
-    return version if isinstance(version, str) else None
 
 
 def _save(plan: _Plan, model: str, line: Mapping[str, Any], records: Sequence[Record], say: Say) -> bool:

@@ -51,9 +51,8 @@ class ChunkPool:
         self._owner: dict[int, str] = {}
         self._live: Counter[int] = Counter()
         self._limbo: Counter[int] = Counter()
-        self._dropped: OrderedDict[int, tuple[int, int, Place]] = OrderedDict()  # by number, oldest first
-        self._last_drop: dict[int, int] = {}  # of each chunk in limbo, its newest number there
-        self._num_drops = 0
+        # Place -> (step, chunk), oldest first: a place holds at most one reference in limbo.
+        self._dropped: OrderedDict[Place, tuple[int, int]] = OrderedDict()
         self._by_owner: Counter[str] = Counter()
         self._num_retiring = 0
         self._launched = 0
@@ -125,12 +124,12 @@ class ChunkPool:
         """
         return chunk in self._warm or (not self._live[chunk] and self._limbo[chunk] == 1)
 
-    def adopt(self, chunk: int, owner: str) -> None:
-        """Own a chunk again where it is mapped; no driver call."""
+    def adopt(self, chunk: int, owner: str, place: Place) -> None:
+        """Own a chunk again at the place where it is mapped; no driver call."""
         if chunk in self._warm:
             del self._warm[chunk]
         else:
-            del self._dropped[self._last_drop.pop(chunk)]
+            del self._dropped[place]
             self._limbo[chunk] = 0
             self._num_retiring -= 1
         self._own(chunk, owner)
@@ -148,9 +147,7 @@ class ChunkPool:
         if not self._live[chunk]:
             self._by_owner[self._owner[chunk]] -= 1
             self._num_retiring += 1
-        self._num_drops += 1
-        self._dropped[self._num_drops] = (self._launched, chunk, place)
-        self._last_drop[chunk] = self._num_drops
+        self._dropped[place] = (self._launched, chunk)
         self._settle()
 
     def launched(self, step: int) -> None:
@@ -230,13 +227,11 @@ class ChunkPool:
     def _settle(self) -> None:
         """Take every dropped reference out of limbo that no step in flight can read any more."""
         while self._dropped:
-            number, (step, chunk, (tensor, row)) = next(iter(self._dropped.items()))
+            (tensor, row), (step, chunk) = next(iter(self._dropped.items()))
             if step > self._completed:
                 return
-            del self._dropped[number]
+            del self._dropped[tensor, row]
             self._limbo[chunk] -= 1
-            if not self._limbo[chunk]:
-                del self._last_drop[chunk]
             if self._live[chunk] or self._limbo[chunk]:
                 tensor.unmap_row(row)
                 continue

@@ -54,7 +54,7 @@ class VirtualTensor:
     def adopt(self, row: int) -> None:
         """Back a left-over row again; no driver call."""
         chunk = self._mapped[row]
-        self._chunks.adopt(chunk, self.owner)
+        self._chunks.adopt(chunk, self.owner, (self, row))
         self._backed[row] = chunk
 
     def map(self, rows: Sequence[int], chunks: Sequence[int]) -> None:

@@ -66,7 +66,7 @@ def port() -> int:
 @pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
     os.environ["PYTHONPATH"] = str(ROOT)  # the workers', when the package is not installed
-    os.environ.update(launch.PROXY_START)
+    launch.wait_for_slow_proxies()
     ray.init(
         "local",
         num_cpus=4,

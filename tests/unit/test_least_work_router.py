@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,10 @@ class Cluster:
         )
         self.router.initialize_state(clock=lambda: self.now_s)
 
+    @property
+    def names(self) -> list[ReplicaID]:
+        return [group.replica_id for group in self.groups]
+
     async def start(self) -> None:
         self.router.update_replicas(self.groups)  # type: ignore[arg-type]
         await asyncio.sleep(0)  # Serve asks new groups for their queues in a task of its own
@@ -57,55 +62,56 @@ class Cluster:
         return chosen.replica_id
 
 
+def in_two_groups(scenario: Callable[[Cluster], Coroutine[Any, Any, None]]) -> None:
+    """Run a scenario in a cluster of two idle groups."""
+
+    async def started() -> None:
+        cluster = Cluster(2)
+        await cluster.start()
+        await scenario(cluster)
+
+    asyncio.run(started())
+
+
 @pytest.mark.parametrize("num_requests", [2, 6, 16])
 def test_requests_that_come_together_are_spread(num_requests: int) -> None:
     """Serve counts a request when it is sent: all of a burst are chosen for before any of it is."""
 
-    async def scenario() -> Counter[ReplicaID]:
-        cluster = Cluster(2)
-        await cluster.start()
-        return Counter(await asyncio.gather(*(cluster.choose() for _ in range(num_requests))))
+    async def scenario(cluster: Cluster) -> None:
+        chosen = Counter(await asyncio.gather(*(cluster.choose() for _ in range(num_requests))))
+        assert set(chosen.values()) == {num_requests // 2}
 
-    assert set(asyncio.run(scenario()).values()) == {num_requests // 2}
+    in_two_groups(scenario)
 
 
 def test_an_answer_to_an_older_request_does_not_hide_the_newer() -> None:
     """Serve overwrites its count with what the group saw when the older request came in."""
 
-    async def scenario() -> None:
-        cluster = Cluster(2)
-        await cluster.start()
-        one, other = (group.replica_id for group in cluster.groups)
-        for _ in range(3):
-            cluster.router.on_send_request(one)
-        cluster.router.on_send_request(other)
-        cluster.router.on_send_request(other)
+    async def scenario(cluster: Cluster) -> None:
+        one, other = cluster.names
+        for group in (one, one, one, other, other):
+            cluster.router.on_send_request(group)
         cluster.router.on_new_queue_len_info(one, 1)
         assert await cluster.choose() == other
 
-    asyncio.run(scenario())
+    in_two_groups(scenario)
 
 
 def test_finished_requests_leave_the_count() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(2)
-        await cluster.start()
-        one, other = (group.replica_id for group in cluster.groups)
-        for _ in range(3):
-            cluster.router.on_send_request(one)
-        cluster.router.on_send_request(other)
+    async def scenario(cluster: Cluster) -> None:
+        one, other = cluster.names
+        for group in (one, one, one, other):
+            cluster.router.on_send_request(group)
         for number in range(3):
             cluster.router.on_request_completed(one, str(number))
             cluster.router.decrement_queue_len_cache(one)
         assert await cluster.choose() == one
 
-    asyncio.run(scenario())
+    in_two_groups(scenario)
 
 
 def test_a_choice_that_was_never_sent_is_forgotten() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(2)
-        await cluster.start()
+    async def scenario(cluster: Cluster) -> None:
         one = await cluster.choose()  # its client left before Serve could send it
         other = await cluster.choose()
         assert one != other
@@ -113,19 +119,18 @@ def test_a_choice_that_was_never_sent_is_forgotten() -> None:
         cluster.now_s += 2 * CHOSEN_S
         assert await cluster.choose() == one
 
-    asyncio.run(scenario())
+    in_two_groups(scenario)
 
 
 def test_a_group_that_went_away_leaves_nothing() -> None:
-    async def scenario() -> None:
-        cluster = Cluster(2)
-        await cluster.start()
+    async def scenario(cluster: Cluster) -> None:
         gone = cluster.groups.pop(0).replica_id
         cluster.router.on_send_request(gone)
         await cluster.start()
         cluster.router.on_request_completed(gone, "late")
-        assert await cluster.choose() == cluster.groups[0].replica_id
+        (left,) = cluster.names
+        assert await cluster.choose() == left
         await cluster.start()
-        assert set(cluster.router._in_flight._num_sent) == {cluster.groups[0].replica_id}
+        assert set(cluster.router._in_flight._num_sent) == {left}
 
-    asyncio.run(scenario())
+    in_two_groups(scenario)
