@@ -7,14 +7,23 @@ import triton
 import triton.language as tl
 
 from kernels.checks import require, require_launchable, require_like
+from kernels.dependent_launch import launch_options, start_dependents, wait_for_dependencies
 
 _BLOCK = 1024
 
 
 @triton.jit
 def _silu_and_mul_kernel(  # type: ignore[no-untyped-def]
-    gate_up_ptr, out_ptr, gate_up_stride, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    gate_up_ptr,
+    out_ptr,
+    gate_up_stride,
+    out_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start_dependents(IS_DEPENDENT)
+    wait_for_dependencies(IS_DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -36,6 +45,7 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if num_tokens == 0 or width == 0:
         return out
     _silu_and_mul_kernel[(num_tokens, triton.cdiv(width, _BLOCK))](
-        gate_up, out, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4
-    )
+        gate_up, out, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4,
+        **launch_options(out.device),
+    )  # fmt: skip
     return out

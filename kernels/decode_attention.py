@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.checks import require, require_index, require_launchable, require_like, require_pool
-from kernels.decode_plan import divide, require_workspace
-from kernels.kv_tile import LOG2_E, attend_tile, count_tiles, fitting_stages, widens_operands
+from kernels.decode_plan import PROGRAMS_PER_SM, divide, require_workspace
+from kernels.dependent_launch import launch_options, start_dependents, wait_for_dependencies
+from kernels.kv_tile import LOG2_E, attend_tile, count_tiles, sharing_stages, widens_operands
 
 _FEW_PARTS = 4
 _JOIN_ELEMENTS = 4096  # partial results that a warp loads at once: 128 registers a thread
@@ -54,7 +56,10 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDENS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start_dependents(IS_DEPENDENT)
+    wait_for_dependencies(IS_DEPENDENT)
     kv_head = tl.program_id(0)
     kv_heads = tl.num_programs(0)
     team = tl.program_id(1)
@@ -168,7 +173,10 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     FEW_PARTS: tl.constexpr,
     MANY_PARTS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start_dependents(IS_DEPENDENT)
+    wait_for_dependencies(IS_DEPENDENT)
     head = tl.program_id(0)
     num_heads = tl.num_programs(0)
     team = tl.program_id(1)
@@ -206,9 +214,9 @@ class _Launch:
 
     workspace_floats: int
     decode_grid: tuple[int, int]
-    decode_settings: dict[str, int]
+    decode_settings: dict[str, Any]
     join_grid: tuple[int, int]
-    join_settings: dict[str, int]
+    join_settings: dict[str, Any]
 
 
 @cache
@@ -229,6 +237,7 @@ def _launch(
         "PLAN_SIZE": division.plan_size,
         "HEAD_DIM": head_dim,
         "BLOCK_D": tile.block_dim,
+        **launch_options(device),
     }
     return _Launch(
         workspace_floats=division.workspace_floats(group),
@@ -241,7 +250,9 @@ def _launch(
             "BLOCK_N": tile.block_tokens,
             "WIDENS": widens_operands(dtype),
             "num_warps": 4,
-            "num_stages": fitting_stages(tile, block_m, dtype.itemsize, device),
+            # No room for one program more: a dependent launch finds some SMs free before others, and would
+            # crowd them. 256 x 1k took 0.396 ms with three stages, room for three programs; 0.362 with four.
+            "num_stages": sharing_stages(tile, block_m, dtype.itemsize, PROGRAMS_PER_SM, device),
         },
         join_grid=(query_heads, num_teams - 1),
         join_settings={

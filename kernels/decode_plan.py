@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import require, require_index, require_launchable, require_pool
+from kernels.dependent_launch import launch_options, start_dependents, wait_for_dependencies
 from kernels.kv_tile import TileShape, count_tiles, tile_shape
 
 _TILE_TOKENS = 64
@@ -30,7 +31,7 @@ _TILE_BYTES = 16 * 1024
 # H100, 32/8 heads of 128, TB/s at 256 x 1k, 64 x 8k, 8 x 4k: two programs an SM 2.94, 3.04, 2.50; three
 # 2.92, 3.01, 2.43; six 2.84, 3.01, 2.33; one of eight warps on tiles twice as long 2.96, 3.04, 2.52, but
 # less for ragged lengths.
-_PROGRAMS_PER_SM = 2
+PROGRAMS_PER_SM = 2
 _MAX_WAVES = 4
 _MIN_FILL = 0.96
 _INTERPRETED_SMS = 8  # few: contexts are split, and tests stay quick
@@ -80,7 +81,7 @@ def count_teams(kv_heads: int, num_sms: int) -> int:
     """
     teams = 0
     for waves in range(1, _MAX_WAVES + 1):
-        slots = waves * num_sms * _PROGRAMS_PER_SM
+        slots = waves * num_sms * PROGRAMS_PER_SM
         teams = slots // kv_heads
         if teams * kv_heads >= _MIN_FILL * slots:
             break
@@ -107,7 +108,10 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_SEQUENCES: tl.constexpr,
     BLOCK_TEAMS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start_dependents(IS_DEPENDENT)
+    wait_for_dependencies(IS_DEPENDENT)
     plan_ptr = workspace_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     num_tiles = 0
     for first in range(0, batch, BLOCK_SEQUENCES):
@@ -155,7 +159,7 @@ def decode_plan(kv: torch.Tensor, context_lens: torch.Tensor, workspace: torch.T
         workspace, context_lens, context_lens.numel(),
         NUM_TEAMS=division.num_teams, TOKENS_PER_ROW=tokens_per_row,
         BLOCK_N=division.tile.block_tokens, BLOCK_SEQUENCES=_BLOCK_SEQUENCES, BLOCK_TEAMS=_BLOCK_TEAMS,
-        num_warps=4,
+        num_warps=4, **launch_options(kv.device),
     )  # fmt: skip
 
 

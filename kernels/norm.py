@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import require, require_launchable, require_like
+from kernels.dependent_launch import launch_options, start_dependents, wait_for_dependencies
 
 _BLOCK_ELEMENTS = 2048
 
@@ -33,11 +34,15 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start_dependents(IS_DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     tokens = rows // HEADS
     heads = rows % HEADS
     columns = tl.arange(0, BLOCK_W)
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    wait_for_dependencies(IS_DEPENDENT)
     mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
     x_ptrs = x_ptr + (tokens * x_token_stride + heads * x_head_stride)[:, None] + columns[None, :]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -48,7 +53,6 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(residual_ptrs, rounded, mask=mask)
         x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
-    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     # Rounded before the weight, as the checkpoints' own training code does.
     normed = (x * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
     out_ptrs = out_ptr + (tokens * out_token_stride + heads * out_head_stride)[:, None] + columns[None, :]
@@ -68,7 +72,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     _norm_kernel[(triton.cdiv(num_rows, block_r),)](
         x, x, weight, out, num_rows, eps, x.stride(0), x.stride(-2), 0, out.stride(0), out.stride(-2),
         HEADS=heads, WIDTH=width, BLOCK_R=block_r, BLOCK_W=block_w, HAS_RESIDUAL=False,
-        num_warps=_num_warps(block_w),
+        num_warps=_num_warps(block_w), **launch_options(x.device),
     )  # fmt: skip
     return out
 
@@ -87,7 +91,7 @@ def add_rms_norm(
     _norm_kernel[(num_tokens,)](
         x, residual, weight, out, num_tokens, eps, x.stride(0), 0, residual.stride(0), out.stride(0), 0,
         HEADS=1, WIDTH=width, BLOCK_R=1, BLOCK_W=block_w, HAS_RESIDUAL=True,
-        num_warps=_num_warps(block_w),
+        num_warps=_num_warps(block_w), **launch_options(x.device),
     )  # fmt: skip
     return out
 

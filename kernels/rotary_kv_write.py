@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import require, require_index, require_launchable, require_like, require_pool
+from kernels.dependent_launch import launch_options, start_dependents, wait_for_dependencies
 
 _BLOCK_ELEMENTS = 1024  # H100, 32/8 heads of 128: 8192 tokens 75 us (2.7 TB/s), 256 tokens 2.3, one 1.4
 
@@ -67,7 +68,10 @@ def _rotary_kv_write_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HALF: tl.constexpr,
     NORMS_Q: tl.constexpr,
     NORMS_K: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start_dependents(IS_DEPENDENT)
+    wait_for_dependencies(IS_DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     query_blocks: tl.constexpr = (QUERY_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -130,6 +134,7 @@ def rotary_and_kv_write(
         QUERY_HEADS=query_heads, KV_HEADS=kv_heads, HALF=head_dim // 2, TOKENS_PER_ROW=tokens_per_row,
         BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
         NORMS_Q=q_norm is not None, NORMS_K=k_norm is not None, num_warps=4,
+        **launch_options(q.device),
     )  # fmt: skip
 
 

@@ -20,11 +20,12 @@ import triton
 import triton.language as tl
 
 from kernels.checks import require, require_launchable, require_like
+from kernels.dependent_launch import launch_options, start_dependents, wait_for_dependencies
 from kernels.kv_tile import stages_beside, widens_operands
 
-_MAX_BLOCK = 4096  # inputs a program holds of one output at once
-_LOOP_BLOCK = 1024  # the same, and of how many outputs, where an output takes several turns
-_LOOP_OUTPUTS = 8
+_MAX_BLOCK = 4096  # inputs a program of one row holds at once, of one output or of several
+_MAX_BLOCK_WARPS = 4
+_LOOP_BLOCK, _LOOP_OUTPUTS, _LOOP_WARPS = 2048, 4, 8  # the same where an output takes several turns
 _TILE_ROWS, _TILE_OUT, _TILE_IN = 16, 64, 128  # the least rows that `tl.dot` takes
 _MOST_STAGES = 6  # 120 KiB in bfloat16, which many GPUs before Hopper do not have
 
@@ -41,23 +42,30 @@ def _one_row_kernel(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    IS_EVEN: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start_dependents(IS_DEPENDENT)
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inputs = tl.arange(0, BLOCK_IN)
     is_output = outputs < num_out
     weight_ptrs = weight_ptr + outputs.to(tl.int64)[:, None] * weight_stride + inputs[None, :]
-    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
-    for first in range(0, num_in, BLOCK_IN):
-        if IS_EVEN:
-            x = tl.load(x_ptr + first + inputs)
-            weight = tl.load(weight_ptrs + first, mask=is_output[:, None], other=0.0)
-        else:
-            is_input = first + inputs < num_in
-            x = tl.load(x_ptr + first + inputs, mask=is_input, other=0.0)
-            weight = tl.load(weight_ptrs + first, mask=is_output[:, None] & is_input[None, :], other=0.0)
-        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    result = tl.sum(acc, 1)
+    # Weights come before x: the first programs read theirs while the kernel that makes x still runs.
+    weight = tl.load(weight_ptrs, mask=is_output[:, None] & (inputs < num_in)[None, :], other=0.0)
+    wait_for_dependencies(IS_DEPENDENT)
+    if IS_WHOLE:
+        x = tl.load(x_ptr + inputs, mask=inputs < num_in, other=0.0)
+        result = tl.sum(weight.to(tl.float32) * x.to(tl.float32)[None, :], 1)
+    else:
+        acc = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
+        for first in range(0, num_in, BLOCK_IN):
+            is_input = first + BLOCK_IN + inputs < num_in
+            next_mask = is_output[:, None] & is_input[None, :]
+            next_weight = tl.load(weight_ptrs + first + BLOCK_IN, mask=next_mask, other=0.0)
+            x = tl.load(x_ptr + first + inputs, mask=first + inputs < num_in, other=0.0)
+            acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+            weight = next_weight
+        result = tl.sum(acc, 1)
     if HAS_BIAS:
         result += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)
     tl.store(out_ptr + outputs, result.to(out_ptr.dtype.element_ty), mask=is_output)
@@ -82,7 +90,9 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     IS_EVEN: tl.constexpr,
     WIDENS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start_dependents(IS_DEPENDENT)
     rows = tl.arange(0, BLOCK_ROWS)
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inputs = tl.arange(0, BLOCK_IN)
@@ -90,6 +100,7 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     is_output = outputs < num_out
     x_ptrs = x_ptr + rows[:, None] * x_stride + inputs[None, :]
     weight_ptrs = weight_ptr + outputs.to(tl.int64)[:, None] * weight_stride + inputs[None, :]
+    wait_for_dependencies(IS_DEPENDENT)
     acc = tl.zeros([BLOCK_OUT, BLOCK_ROWS], dtype=tl.float32)
     for first in tl.range(0, num_in, BLOCK_IN, num_stages=STAGES):
         if IS_EVEN:
@@ -124,12 +135,13 @@ def skinny_matmul(
         require_like("bias", bias, (num_out,), weight)
     if num_rows == 0:
         return out
+    options = launch_options(x.device)
     if num_rows == 1:
-        block_out, block_in = _blocks(num_in)
+        block_out, block_in, num_warps = _blocks(num_in)
         _one_row_kernel[(triton.cdiv(num_out, block_out),)](
             x, weight, weight if bias is None else bias, out, num_out, num_in, weight.stride(0),
             HAS_BIAS=bias is not None, BLOCK_OUT=block_out, BLOCK_IN=block_in,
-            IS_EVEN=num_in % block_in == 0, num_warps=8,
+            IS_WHOLE=num_in <= block_in, num_warps=num_warps, **options,
         )  # fmt: skip
         return out
     _few_rows_kernel[(triton.cdiv(num_out, _TILE_OUT),)](
@@ -138,7 +150,7 @@ def skinny_matmul(
         HAS_BIAS=bias is not None, BLOCK_ROWS=_TILE_ROWS, BLOCK_OUT=_TILE_OUT, BLOCK_IN=_TILE_IN,
         STAGES=_stages(x.element_size(), x.device),
         IS_EVEN=num_in % _TILE_IN == 0 and num_out % _TILE_OUT == 0,
-        WIDENS=widens_operands(x.dtype), num_warps=4,
+        WIDENS=widens_operands(x.dtype), num_warps=4, **options,
     )  # fmt: skip
     return out
 
@@ -150,7 +162,9 @@ def _stages(element_bytes: int, device: torch.device) -> int:
 
 
 @cache
-def _blocks(num_in: int) -> tuple[int, int]:
-    """Outputs and inputs of a program's turn: all inputs of an output if they are few enough to hold."""
+def _blocks(num_in: int) -> tuple[int, int, int]:
+    """Outputs and inputs of a program's turn, all inputs if they are few enough to hold; its warps."""
     whole = max(16, triton.next_power_of_2(num_in))
-    return (_MAX_BLOCK // whole, whole) if whole <= _MAX_BLOCK else (_LOOP_OUTPUTS, _LOOP_BLOCK)
+    if whole <= _MAX_BLOCK:
+        return _MAX_BLOCK // whole, whole, _MAX_BLOCK_WARPS
+    return _LOOP_OUTPUTS, _LOOP_BLOCK, _LOOP_WARPS

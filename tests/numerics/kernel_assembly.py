@@ -1,8 +1,9 @@
 """A program that compiles every kernel of a model without a GPU, and prints what became of each.
 
 `python -m tests.numerics.kernel_assembly CONFIG_DIR [GPU]`, without TRITON_INTERPRET: one line of JSON,
-kernel name -> accesses to local memory (LDL, STL), which are spilled registers. The launchers are the
-engine's own, called as its warm-up calls them; only the driver below them is made up. A kernel that wants
+kernel name -> `spills`, accesses to local memory (LDL, STL), which are spilled registers; `is_dependent`,
+whether it may start before the kernel ahead has ended; `waits`, whether every program of it waits for that
+before it ends. The launchers are the engine's own, called as its warm-up calls them; only the driver below them is made up. A kernel that wants
 more shared memory than the GPU has is an error, as on the GPU. (The Hopper prefill kernel wants tensors on
 a GPU: `prefill_assembly` compiles that one.)
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections import Counter
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class NoGpu:
         self._capability = capability
         self._properties = {"max_shared_mem": shared_bytes, "multiprocessor_count": multiprocessors}
         self.loaded: list[tuple[str, bytes]] = []
+        self.dependents: set[str] = set()
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
@@ -54,6 +55,8 @@ class NoGpu:
         """Nothing was loaded."""
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        if metadata.launch_pdl:
+            self.dependents.add(metadata.name)
         return lambda *_: None
 
 
@@ -67,22 +70,28 @@ def main(config_dir: str, gpu: str = "h100") -> None:
     from engine.memory.kv_cache import KvGeometry
     from engine.model import warm_up
     from engine.model.loader import ModelFacts, read_model
-    from kernels import decode_plan, kv_tile, sampling, triton_backend
+    from kernels import decode_plan, dependent_launch, kv_tile, sampling, triton_backend
     from tests.numerics.prefill_assembly import disassemble
 
     kv_tile._shared_bytes = lambda device: shared_bytes
     decode_plan._num_sms = lambda device: multiprocessors
     sampling._part = lambda device: sampling._PART
+    dependent_launch._capability = lambda device: divmod(GPUS[gpu][0], 10)
     found = read_model(EngineConfig(ModelSource("model", config_dir, load_format="dummy")))
     facts = ModelFacts(found.config, triton_backend, torch.device("cpu"), torch.bfloat16, 256)
     config = facts.config
     geometry = KvGeometry.choose(config.num_layers, config.num_kv_heads, config.head_dim, 2, 2 << 20)
     for work in warm_up.works(facts, geometry):
         work()
-    counts: Counter[str] = Counter()
+    found_in: dict[str, dict[str, Any]] = {}
     for name, code in driver.loaded:
-        counts[name] += len(re.findall(r"\b(?:LDL|STL)\b", disassemble(code)))
-    print(json.dumps(counts))
+        text = disassemble(code)
+        seen = found_in.setdefault(
+            name, {"spills": 0, "is_dependent": name in driver.dependents, "waits": True}
+        )
+        seen["spills"] += len(re.findall(r"\b(?:LDL|STL)\b", text))
+        seen["waits"] &= "ACQBULK" in re.split(r"\bEXIT\b", text)[0]
+    print(json.dumps(found_in))
 
 
 if __name__ == "__main__":
