@@ -17,7 +17,6 @@ from triton import knobs
 LOG2_E = 1.4426950408889634
 _SCRATCH_BYTES = 2048  # shared memory left for reductions within a program
 _RESERVED_BYTES = 1024  # of an SM's shared memory, for each program on it
-_MOST_SHARING_STAGES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +55,14 @@ def fitting_stages(tile: TileShape, block_m: int, element_bytes: int, device: to
 def sharing_stages(
     tile: TileShape, block_m: int, element_bytes: int, programs: int, device: torch.device
 ) -> int:
-    """Stages for which `programs` programs fill an SM's shared memory, with no room for one more.
+    """Stages with which `programs` programs fill an SM's shared memory, and one more finds no room.
 
     For kernels without asynchronous products, which keep a tile fewer in shared memory than stages.
     """
     line_bytes = tile.block_dim * element_bytes
     share = (_shared_bytes(device) + _RESERVED_BYTES) // programs - _RESERVED_BYTES
     tiles = (share - _SCRATCH_BYTES - block_m * line_bytes) // (2 * tile.block_tokens * line_bytes)
-    return max(1, min(tiles + 1, _MOST_SHARING_STAGES))
+    return max(1, tiles + 1)
 
 
 def stages_beside(fixed_bytes: int, stage_bytes: int, most: int, device: torch.device) -> int:

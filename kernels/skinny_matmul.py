@@ -4,11 +4,11 @@ It takes as long as reading the weights, for one row as for sixteen. On an H100 
 many for the cache, TB/s:
 
     (out, in)        1 row: cuBLAS    here    16 rows: cuBLAS    here
-    6144 x 4096               2.31    2.72               2.37    2.48
-    4096 x 4096               1.98    2.47               1.95    2.33
-    28672 x 4096              2.80    3.02               2.75    2.81
-    4096 x 14336              2.58    2.68               2.53    2.62
-    128256 x 4096             2.76    3.15               2.75    2.99
+    6144 x 4096               2.41    2.87               2.36    2.52
+    4096 x 4096               2.03    2.73               2.00    2.49
+    28672 x 4096              2.76    3.08               2.81    2.90
+    4096 x 14336              2.63    2.86               2.58    2.74
+    128256 x 4096             2.79    3.16               2.77    3.02
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kernels.checks import require, require_launchable, require_like
 from kernels.dependent_launch import launch_options, start_dependents, wait_for_dependencies
 from kernels.kv_tile import stages_beside, widens_operands
 
-_MAX_BLOCK = 4096  # inputs a program of one row holds at once, of one output or of several
-_MAX_BLOCK_WARPS = 4
-_LOOP_BLOCK, _LOOP_OUTPUTS, _LOOP_WARPS = 2048, 4, 8  # the same where an output takes several turns
+_MAX_BLOCK = 4096  # weights that a program of one row holds at once, of one output or of several
+_LOOP_BLOCK, _LOOP_OUTPUTS = 2048, 4  # the same, of each of how many outputs, where they take several turns
+_ONE_ROW_WARPS = 8  # a step of one sequence of Llama-3.1-8B 5.33 ms, with four 5.44
 _TILE_ROWS, _TILE_OUT, _TILE_IN = 16, 64, 128  # the least rows that `tl.dot` takes
 _MOST_STAGES = 6  # 120 KiB in bfloat16, which many GPUs before Hopper do not have
 
@@ -137,11 +137,11 @@ def skinny_matmul(
         return out
     options = launch_options(x.device)
     if num_rows == 1:
-        block_out, block_in, num_warps = _blocks(num_in)
+        block_out, block_in = _blocks(num_in)
         _one_row_kernel[(triton.cdiv(num_out, block_out),)](
             x, weight, weight if bias is None else bias, out, num_out, num_in, weight.stride(0),
             HAS_BIAS=bias is not None, BLOCK_OUT=block_out, BLOCK_IN=block_in,
-            IS_WHOLE=num_in <= block_in, num_warps=num_warps, **options,
+            IS_WHOLE=num_in <= block_in, num_warps=_ONE_ROW_WARPS, **options,
         )  # fmt: skip
         return out
     _few_rows_kernel[(triton.cdiv(num_out, _TILE_OUT),)](
@@ -162,9 +162,7 @@ def _stages(element_bytes: int, device: torch.device) -> int:
 
 
 @cache
-def _blocks(num_in: int) -> tuple[int, int, int]:
-    """Outputs and inputs of a program's turn, all inputs if they are few enough to hold; its warps."""
+def _blocks(num_in: int) -> tuple[int, int]:
+    """Outputs and inputs of a program's turn: all inputs of an output if they are few enough to hold."""
     whole = max(16, triton.next_power_of_2(num_in))
-    if whole <= _MAX_BLOCK:
-        return _MAX_BLOCK // whole, whole, _MAX_BLOCK_WARPS
-    return _LOOP_OUTPUTS, _LOOP_BLOCK, _LOOP_WARPS
+    return (_MAX_BLOCK // whole, whole) if whole <= _MAX_BLOCK else (_LOOP_OUTPUTS, _LOOP_BLOCK)

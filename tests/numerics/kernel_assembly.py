@@ -3,9 +3,9 @@
 `python -m tests.numerics.kernel_assembly CONFIG_DIR [GPU]`, without TRITON_INTERPRET: one line of JSON,
 kernel name -> `spills`, accesses to local memory (LDL, STL), which are spilled registers; `is_dependent`,
 whether it may start before the kernel ahead has ended; `waits`, whether every program of it waits for that
-before it ends. The launchers are the engine's own, called as its warm-up calls them; only the driver below them is made up. A kernel that wants
-more shared memory than the GPU has is an error, as on the GPU. (The Hopper prefill kernel wants tensors on
-a GPU: `prefill_assembly` compiles that one.)
+before it ends. The launchers are the engine's own, called as its warm-up calls them; only the driver below
+them is made up. A kernel that wants more shared memory than the GPU has is an error, as on the GPU. (The
+Hopper prefill kernel wants tensors on a GPU: `prefill_assembly` compiles that one.)
 """
 
 from __future__ import annotations

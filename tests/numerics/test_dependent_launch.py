@@ -1,4 +1,4 @@
-"""Kernels that start before the ones ahead of them have ended read what those wrote, never what was before."""
+"""A kernel that starts before the ones ahead of it have ended reads what they wrote, not what was before."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def test_a_cpu_has_nothing_to_start_early() -> None:
 @pytest.mark.parametrize(
     ("shared_bytes", "head_dim", "element_bytes"),
     [(232_448, 128, 2), (232_448, 64, 2), (232_448, 256, 2), (232_448, 128, 4), (166_912, 128, 2)],
+    # an H100's but for the last, which is an A100's
 )
 def test_as_many_programs_share_an_sm_as_planned(
     shared_bytes: int, head_dim: int, element_bytes: int, monkeypatch: pytest.MonkeyPatch
