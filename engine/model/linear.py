@@ -2,7 +2,7 @@
 
 In plain PyTorch: weights as (out, in), `torch.mm` into the caller's buffer. On a GPU the same, but for
 few rows, for which a kernel of our own reads the weights faster (a decode step of one sequence of
-Llama-3.1-8B: 5.3 ms of products instead of 5.8, of 16 sequences 5.6 instead of 5.8; H100). On a CPU oneDNN,
+Llama-3.1-8B: 5.0 ms of products instead of 5.7, of 16 sequences 5.4 instead of 5.7; H100). On a CPU oneDNN,
 because torch's own matmul runs a one-row product on one thread: 30 layers of SmolLM2 take 41 ms so, and
 20 ms in oneDNN; at 16 rows 68 and 29 ms (two Zen 4 cores, float32).
 """

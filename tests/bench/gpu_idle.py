@@ -33,7 +33,7 @@ class Idle:
         recorded_idle: share of the recorded span in which no kernel or copy ran.
         unrecorded_idle: 1 - kernel time of a step / duration of a step without recording; below 0 if
             recording slowed the kernels themselves.
-        kernels_ms: (name, ms a step) of the kernels that take most.
+        kernels_ms: (name, ms a step) of the kernels that take most, as `time_of_each` divides it.
     """
 
     batch: int
@@ -59,6 +59,19 @@ def union_length(intervals: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
+def time_of_each(events: Iterable[tuple[str, float, float]]) -> Counter[str]:
+    """Microseconds by name that add up to `union_length`: each moment belongs to what started first.
+
+    A kernel that starts early, and waits for the one ahead, is charged from that one's end.
+    """
+    totals: Counter[str] = Counter()
+    reached = float("-inf")
+    for name, start, end in sorted(events, key=lambda event: event[1:]):
+        totals[name] += max(0.0, end - max(start, reached))  # type: ignore[assignment]
+        reached = max(reached, end)
+    return totals
+
+
 def device_events(trace: dict[str, Any]) -> list[tuple[str, float, float]]:
     """(name, start, end) in microseconds of all that ran on the device, of a chrome trace."""
     return [
@@ -79,9 +92,7 @@ def idle_of(events: list[tuple[str, float, float]], batch: int, step_ms: float, 
     spans = [(start, end) for _, start, end in events]
     span_us = max(end for _, end in spans) - min(start for start, _ in spans)
     busy_us = union_length(spans)
-    totals: Counter[str] = Counter()
-    for name, start, end in events:
-        totals[name] += end - start  # type: ignore[assignment]
+    totals = time_of_each(events)
     busy_ms = busy_us / recorded_steps / 1e3
     return Idle(
         batch=batch,

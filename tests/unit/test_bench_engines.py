@@ -134,7 +134,12 @@ def test_idle_share_of_a_trace() -> None:
     assert idle.busy_ms_per_step == pytest.approx(0.45)
     assert idle.unrecorded_idle == pytest.approx(0.25)
     assert idle.kernels_per_step == 1.5
-    assert idle.kernels_ms == (("gemm", 0.4), ("copy", 0.1))
+    assert idle.kernels_ms == (("gemm", 0.4), ("copy", 0.05))
+
+
+def test_a_kernel_that_started_early_is_charged_from_the_end_of_the_one_ahead() -> None:
+    events = [("join", 1.0, 11.0), ("decode", 0.0, 10.0), ("norm", 12.0, 13.0), ("decode", 20.0, 30.0)]
+    assert gpu_idle.time_of_each(events) == {"decode": 20.0, "join": 1.0, "norm": 1.0}
     with pytest.raises(ValueError, match="no kernel"):
         gpu_idle.idle_of([], 4, 1.0, 2)
 
