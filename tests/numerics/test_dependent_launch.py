@@ -9,7 +9,15 @@ import torch
 
 from kernels import dependent_launch, kv_tile
 from kernels.dependent_launch import launch_options
-from tests.numerics.cases import AttentionShape, Backend, int32, make_context, make_workspace, random
+from tests.numerics.cases import (
+    AttentionShape,
+    Backend,
+    assert_close,
+    int32,
+    make_context,
+    make_workspace,
+    random,
+)
 
 WIDTH, GATES = 512, 4096
 SHAPE = AttentionShape(query_heads=8, kv_heads=2, head_dim=64, tokens_per_row=64)
@@ -61,7 +69,7 @@ class Layers:
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        lengths = [200 + 40 * index for index in range(num_tokens)]
+        lengths = [200 + 40 * (index % 8) for index in range(num_tokens)]
         self.context = make_context(SHAPE, lengths, dtype, device)
         self.lens, self.workspace = int32(lengths, device), make_workspace(backend, SHAPE)
         self.positions = self.lens.long() - 1
@@ -74,6 +82,13 @@ class Layers:
         self.qkv, self.attention = empty(num_tokens, WIDTH + 256), empty(num_tokens, 8, 64)
         self.gate_up, self.activated = empty(num_tokens, 2 * GATES), empty(num_tokens, GATES)
 
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """As the model does it: few rows by a kernel that starts early, more by cuBLAS."""
+        if x.shape[0] <= 16:
+            self.kernels.skinny_matmul(x, weight, None, out)
+        else:
+            torch.mm(x, weight.t(), out=out)
+
     def run(self, between: Callable[[], None] = lambda: None) -> torch.Tensor:
         """The residual after three layers, in a tensor of its own; `between` is called after every kernel."""
         kernels, kv, rows = self.kernels, self.context.kv, self.context.first_rows
@@ -84,14 +99,14 @@ class Layers:
         q, k, v = q.view(-1, 8, 64), k.view(-1, 2, 64), v.view(-1, 2, 64)
         tables = self.cos, self.sin, self.positions
         steps: list[Callable[[], object]] = [
-            lambda: kernels.skinny_matmul(self.hidden, self.qkv_weight, None, self.qkv),
+            lambda: self.multiply(self.hidden, self.qkv_weight, self.qkv),
             lambda: kernels.rotary_and_kv_write(q, k, v, *tables, kv, rows, None, None, 1e-5),
             lambda: kernels.decode_attention(q, kv, rows, self.lens, 0.125, self.workspace, self.attention),
-            lambda: kernels.skinny_matmul(self.attention.flatten(1), self.out_weight, None, self.hidden),
+            lambda: self.multiply(self.attention.flatten(1), self.out_weight, self.hidden),
             lambda: kernels.add_rms_norm(self.hidden, self.residual, self.norm, 1e-5, out=self.hidden),
-            lambda: kernels.skinny_matmul(self.hidden, self.gate_up_weight, None, self.gate_up),
+            lambda: self.multiply(self.hidden, self.gate_up_weight, self.gate_up),
             lambda: kernels.silu_and_mul(self.gate_up, out=self.activated),
-            lambda: kernels.skinny_matmul(self.activated, self.down_weight, None, self.hidden),
+            lambda: self.multiply(self.activated, self.down_weight, self.hidden),
             lambda: kernels.add_rms_norm(self.hidden, self.residual, self.norm, 1e-5, out=self.hidden),
         ]
         kernels.decode_plan(kv, self.lens, self.workspace)
@@ -105,7 +120,7 @@ class Layers:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
 def test_a_step_computes_the_same_as_kernel_after_kernel(device: torch.device, num_tokens: int) -> None:
     from kernels import triton_backend
 
@@ -117,7 +132,6 @@ def test_a_step_computes_the_same_as_kernel_after_kernel(device: torch.device, n
     for _ in range(30):
         layers.x.normal_()
         expected = layers.run(between=torch.cuda.synchronize)
-        assert torch.equal(layers.run(), expected)
+        assert_close(layers.run(), expected.double().cpu())
         graph.replay()
-        assert torch.equal(replayed, expected)
-        assert expected.isfinite().all()
+        assert_close(replayed, expected.double().cpu())
