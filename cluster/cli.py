@@ -137,7 +137,8 @@ def _stay(client: Client) -> None:
     _console.print(cli_render.status_view(client.status()))
     _console.print("Ctrl-C stops the server.")
     with contextlib.suppress(KeyboardInterrupt):
-        signal.pause()  # an Event's wait breaks its own lock when two signals come at once
+        while True:
+            signal.pause()  # an Event's wait breaks its own lock when two signals come at once
 
 
 def _ask_once(client: Client, model: str, prompt: str) -> None:

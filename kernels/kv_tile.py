@@ -60,15 +60,19 @@ def sharing_stages(
     For kernels without asynchronous products, which keep a tile fewer in shared memory than stages.
     """
     line_bytes = tile.block_dim * element_bytes
-    share = (_shared_bytes(device) + _RESERVED_BYTES) // programs - _RESERVED_BYTES
-    tiles = (share - _SCRATCH_BYTES - block_m * line_bytes) // (2 * tile.block_tokens * line_bytes)
-    return max(1, tiles + 1)
+    room = _room(programs, device) - block_m * line_bytes
+    return max(1, 1 + room // (2 * tile.block_tokens * line_bytes))
 
 
 def stages_beside(fixed_bytes: int, stage_bytes: int, most: int, device: torch.device) -> int:
     """Stages of `stage_bytes` that shared memory holds beside `fixed_bytes`; from 1 to `most`."""
-    room = _shared_bytes(device) - _SCRATCH_BYTES - fixed_bytes
-    return max(1, min(most, room // stage_bytes))
+    return max(1, min(most, (_room(1, device) - fixed_bytes) // stage_bytes))
+
+
+def _room(programs: int, device: torch.device) -> int:
+    """Bytes of shared memory for data in each of so many programs on an SM."""
+    share = (_shared_bytes(device) + _RESERVED_BYTES) // programs - _RESERVED_BYTES
+    return share - _SCRATCH_BYTES
 
 
 @cache

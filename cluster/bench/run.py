@@ -22,7 +22,6 @@ from cluster.client import Client
 from engine.errors import BallonetError
 
 Say = Callable[[str], None]
-_INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 _KEPT_UP_S = 0.05  # later than this, and the figures are the client's as much as the server's
 _RETRY_S = 1.0
 
@@ -66,6 +65,7 @@ def run(options: Options, say: Say) -> int:
     Raises:
         OptionError: an option that cannot be, a file that cannot be read; nothing was sent.
         BenchError, ClientError: a server that does not answer.
+        KeyboardInterrupt: Ctrl-C; if it came amid the run, what was measured until then has been told.
     """
     plan = _plan(options)
     say("Starting initial single prompt test run...")
@@ -86,7 +86,7 @@ def run(options: Options, say: Say) -> int:
     saved = not options.saves or _save(plan, model, line, done.records, say)
     say(json.dumps(line, allow_nan=False))
     if done.interrupted:
-        return _INTERRUPTED
+        raise KeyboardInterrupt
     return 0 if saved and summary.completed and not summary.failed else 1
 
 

@@ -50,19 +50,11 @@ class Idle:
         return asdict(self)
 
 
-def union_length(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length that (start, end) intervals cover together; overlaps count once."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
-
-
 def time_of_each(events: Iterable[tuple[str, float, float]]) -> Counter[str]:
-    """Microseconds by name that add up to `union_length`: each moment belongs to what started first.
+    """Microseconds by name of (name, start, end): each moment belongs to what started first.
 
-    A kernel that starts early, and waits for the one ahead, is charged from that one's end.
+    So overlaps count once, and a kernel that starts early, and waits for the one ahead, is charged from
+    that one's end.
     """
     totals: Counter[str] = Counter()
     reached = float("-inf")
@@ -91,8 +83,8 @@ def idle_of(events: list[tuple[str, float, float]], batch: int, step_ms: float, 
         raise ValueError("the profiler recorded no kernel: is CUPTI there?")
     spans = [(start, end) for _, start, end in events]
     span_us = max(end for _, end in spans) - min(start for start, _ in spans)
-    busy_us = union_length(spans)
     totals = time_of_each(events)
+    busy_us = totals.total()
     busy_ms = busy_us / recorded_steps / 1e3
     return Idle(
         batch=batch,

@@ -82,18 +82,12 @@ QWEN3_8B = {
 }
 # Registers the sampling kernels spill, over all their variants: they wait for memory, not for these.
 MOST_SPILLS = {"_peak_kernel": 80, "_draw_kernel": 80, "_prefill_kernel": 8}
-EXPECTED = {
-    *("_plan_kernel", "_decode_kernel", "_join_kernel", "_prefill_kernel", "_rotary_kv_write_kernel"),
-    *("_norm_kernel", "_silu_and_mul_kernel", "_one_row_kernel", "_few_rows_kernel"),
-    *("_peak_kernel", "search_kernel", "_draw_kernel", "_adjust_kernel"),
-}
-
-
 # Those of a decode's layers, where a start costs as much as the work. The rest begin in the plain way.
 DEPENDENT = {
     *("_plan_kernel", "_decode_kernel", "_join_kernel", "_rotary_kv_write_kernel"),
     *("_norm_kernel", "_silu_and_mul_kernel", "_one_row_kernel", "_few_rows_kernel"),
 }
+EXPECTED = DEPENDENT | {"_prefill_kernel", "_peak_kernel", "search_kernel", "_draw_kernel", "_adjust_kernel"}
 
 
 def _assembly(tmp_path: Path, gpu: str) -> dict[str, dict[str, int]]:

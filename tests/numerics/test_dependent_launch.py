@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from engine.model.linear import Linear, make_linear
 from kernels import dependent_launch, kv_tile
 from kernels.dependent_launch import launch_options
 from tests.numerics.cases import (
@@ -19,8 +20,9 @@ from tests.numerics.cases import (
     random,
 )
 
-WIDTH, GATES = 512, 4096
-SHAPE = AttentionShape(query_heads=8, kv_heads=2, head_dim=64, tokens_per_row=64)
+# Of heads of 128 dims: decode attention starts early for these.
+SHAPE = AttentionShape(query_heads=4, kv_heads=2, head_dim=128, tokens_per_row=64)
+WIDTH, KV_WIDTH, GATES = SHAPE.query_heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim, 4096
 
 
 @pytest.mark.parametrize(("capability", "is_dependent"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
@@ -63,8 +65,8 @@ class Layers:
         self.kernels, device = backend.kernels, backend.device
         dtype = torch.bfloat16
 
-        def weight(*shape: int) -> torch.Tensor:
-            return random(*shape, dtype=dtype, device=device) * 0.05
+        def linear(*shape: int) -> Linear:
+            return make_linear(random(*shape, dtype=dtype, device=device) * 0.05)
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -73,21 +75,14 @@ class Layers:
         self.context = make_context(SHAPE, lengths, dtype, device)
         self.lens, self.workspace = int32(lengths, device), make_workspace(backend, SHAPE)
         self.positions = self.lens.long() - 1
-        self.cos, self.sin = torch.rand(2, 1024, 32, device=device).unbind()
-        self.qkv_weight, self.out_weight = weight(WIDTH + 256, WIDTH), weight(WIDTH, WIDTH)
-        self.gate_up_weight, self.down_weight = weight(2 * GATES, WIDTH), weight(WIDTH, GATES)
+        self.cos, self.sin = torch.rand(2, 1024, SHAPE.head_dim // 2, device=device).unbind()
+        self.qkv_linear, self.out_linear = linear(WIDTH + 2 * KV_WIDTH, WIDTH), linear(WIDTH, WIDTH)
+        self.gate_up_linear, self.down_linear = linear(2 * GATES, WIDTH), linear(WIDTH, GATES)
         self.norm = torch.ones(WIDTH, dtype=dtype, device=device)
         self.x = random(num_tokens, WIDTH, dtype=dtype, device=device)
         self.residual, self.hidden = empty(num_tokens, WIDTH), empty(num_tokens, WIDTH)
-        self.qkv, self.attention = empty(num_tokens, WIDTH + 256), empty(num_tokens, 8, 64)
+        self.qkv, self.attention = empty(num_tokens, WIDTH + 2 * KV_WIDTH), empty(num_tokens, 4, 128)
         self.gate_up, self.activated = empty(num_tokens, 2 * GATES), empty(num_tokens, GATES)
-
-    def multiply(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """As the model does it: few rows by a kernel that starts early, more by cuBLAS."""
-        if x.shape[0] <= 16:
-            self.kernels.skinny_matmul(x, weight, None, out)
-        else:
-            torch.mm(x, weight.t(), out=out)
 
     def run(self, between: Callable[[], None] = lambda: None) -> torch.Tensor:
         """The residual after three layers, in a tensor of its own; `between` is called after every kernel."""
@@ -95,18 +90,18 @@ class Layers:
         for buffer in (self.hidden, self.qkv, self.attention, self.gate_up, self.activated):
             buffer.fill_(float("nan"))
         self.residual.copy_(self.x)
-        q, k, v = self.qkv.split([WIDTH, 128, 128], dim=1)
-        q, k, v = q.view(-1, 8, 64), k.view(-1, 2, 64), v.view(-1, 2, 64)
+        q, k, v = self.qkv.split([WIDTH, KV_WIDTH, KV_WIDTH], dim=1)
+        q, k, v = q.view(-1, 4, 128), k.view(-1, 2, 128), v.view(-1, 2, 128)
         tables = self.cos, self.sin, self.positions
         steps: list[Callable[[], object]] = [
-            lambda: self.multiply(self.hidden, self.qkv_weight, self.qkv),
+            lambda: self.qkv_linear(self.hidden, self.qkv),
             lambda: kernels.rotary_and_kv_write(q, k, v, *tables, kv, rows, None, None, 1e-5),
-            lambda: kernels.decode_attention(q, kv, rows, self.lens, 0.125, self.workspace, self.attention),
-            lambda: self.multiply(self.attention.flatten(1), self.out_weight, self.hidden),
+            lambda: kernels.decode_attention(q, kv, rows, self.lens, 0.09, self.workspace, self.attention),
+            lambda: self.out_linear(self.attention.flatten(1), self.hidden),
             lambda: kernels.add_rms_norm(self.hidden, self.residual, self.norm, 1e-5, out=self.hidden),
-            lambda: self.multiply(self.hidden, self.gate_up_weight, self.gate_up),
+            lambda: self.gate_up_linear(self.hidden, self.gate_up),
             lambda: kernels.silu_and_mul(self.gate_up, out=self.activated),
-            lambda: self.multiply(self.activated, self.down_weight, self.hidden),
+            lambda: self.down_linear(self.activated, self.hidden),
             lambda: kernels.add_rms_norm(self.hidden, self.residual, self.norm, 1e-5, out=self.hidden),
         ]
         kernels.decode_plan(kv, self.lens, self.workspace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from engine.messages import GenerateRequest, SamplingParams
 from tests.fakes import VOCAB, Bench, answer
@@ -17,3 +18,13 @@ def expect(bench: Bench, request: GenerateRequest) -> None:
     delta = bench.deltas[request.request_id]
     assert delta.token_ids == answer(request.prompt_token_ids, request.sampling.max_tokens)
     assert delta.finish_reason == "length"
+
+
+def serve(bench: Bench, requests: Sequence[GenerateRequest]) -> None:
+    """All at once, to the end: each has its own answer, and nothing is left."""
+    for request in requests:
+        bench.engine.submit(request)
+    bench.run()
+    for request in requests:
+        expect(bench, request)
+    bench.assert_idle()

@@ -112,8 +112,9 @@ def test_an_engine_that_forgets_a_request_is_found_out() -> None:
 
 
 def test_overlaps_count_once() -> None:
-    assert gpu_idle.union_length([(5, 6), (0, 2), (1, 3), (2.5, 2.75)]) == 4
-    assert gpu_idle.union_length([]) == 0
+    spans = [("e", 5, 6), ("a", 0, 2), ("b", 1, 3), ("c", 2.5, 2.75)]
+    assert gpu_idle.time_of_each(spans).total() == 4
+    assert gpu_idle.time_of_each([]).total() == 0
 
 
 def test_idle_share_of_a_trace() -> None:

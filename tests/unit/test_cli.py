@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,27 @@ from cluster.client import Answer, Client, ClientError
 from tests.unit.samples import MEMORY, snapshot
 
 LAPTOP = Path(__file__).parents[2] / "deploy" / "laptop.yaml"
+
+
+def test_a_server_stays_until_it_is_interrupted_whatever_else_signals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard = []
+
+    def on_alarm(*_: object) -> None:
+        heard.append(len(heard))
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "status", lambda self: [])
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        cli._stay(Client("http://nowhere"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert heard == [0, 1, 2]
 
 
 def _run(*arguments: str) -> tuple[int, str]:

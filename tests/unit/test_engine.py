@@ -13,7 +13,7 @@ from engine.config import MemoryConfig, SchedulerConfig
 from engine.errors import EngineDeadError, OverloadedError, RequestError
 from engine.messages import PENDING_TOKEN, GenerateRequest, SamplingParams
 from tests.fakes import VOCAB, Bench, answer
-from tests.unit.engine_cases import ask, expect
+from tests.unit.engine_cases import ask, expect, serve
 
 pytestmark = pytest.mark.usefixtures("steps_ahead")
 
@@ -23,13 +23,7 @@ pytestmark = pytest.mark.usefixtures("steps_ahead")
 def test_a_mixed_load_is_answered_exactly(mode: str, piece: int | None) -> None:
     config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, prefill_piece_tokens=piece)
     bench = Bench(96, MemoryConfig(mode=mode), config)  # type: ignore[arg-type]
-    requests = [ask(f"r{i}", 1 + 13 * i % 90, 1 + 7 * i % 40) for i in range(25)]
-    for request in requests:
-        bench.engine.submit(request)
-    bench.run()
-    for request in requests:
-        expect(bench, request)
-    bench.assert_idle()
+    serve(bench, [ask(f"r{i}", 1 + 13 * i % 90, 1 + 7 * i % 40) for i in range(25)])
 
 
 def test_random_cancels_leave_everything_free() -> None:

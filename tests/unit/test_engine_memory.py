@@ -8,7 +8,7 @@ from engine.config import MemoryConfig, SchedulerConfig
 from engine.errors import DriverError
 from engine.memory.host_vmm import HostVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench
-from tests.unit.engine_cases import ask, expect
+from tests.unit.engine_cases import ask, expect, serve
 
 pytestmark = pytest.mark.usefixtures("steps_ahead")
 
@@ -16,27 +16,15 @@ pytestmark = pytest.mark.usefixtures("steps_ahead")
 @pytest.mark.parametrize("mode", ["elastic", "static"])
 def test_a_pool_too_small_for_all_preempts_and_loses_nothing(mode: str) -> None:
     bench = Bench(44, MemoryConfig(mode=mode))  # type: ignore[arg-type]
-    requests = [ask(f"r{i}", 20, 100) for i in range(8)]
-    for request in requests:
-        bench.engine.submit(request)
-    bench.run()
+    serve(bench, [ask(f"r{i}", 20, 100) for i in range(8)])
     assert bench.scheduler.num_preemptions > 0
-    for request in requests:
-        expect(bench, request)
     assert bench.deltas["r0"].num_preemptions == 0, "the oldest is never preempted"
-    bench.assert_idle()
 
 
 def test_two_long_prompts_that_block_each_other_both_finish() -> None:
     """Each holds half of the pool while prefilling: without a victim neither could go on."""
     bench = Bench(40, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16), max_model_len=256)
-    first, second = ask("a", 150, 60), ask("b", 150, 60)
-    bench.engine.submit(first)
-    bench.engine.submit(second)
-    bench.run()
-    expect(bench, first)
-    expect(bench, second)
-    bench.assert_idle()
+    serve(bench, [ask("a", 150, 60), ask("b", 150, 60)])
 
 
 def test_a_cancel_frees_memory_within_one_step() -> None:
@@ -55,13 +43,7 @@ def test_what_is_in_flight_when_a_sequence_is_preempted_is_said(steps_ahead: int
     """Tight pools preempt while tokens are in flight; they are neither lost nor said twice."""
     for total in range(24, 44):
         bench = Bench(total, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32))
-        requests = [ask(f"r{i}", 3 + 7 * i, 60 + i) for i in range(6)]
-        for request in requests:
-            bench.engine.submit(request)
-        bench.run()
-        for request in requests:
-            expect(bench, request)
-        bench.assert_idle()
+        serve(bench, [ask(f"r{i}", 3 + 7 * i, 60 + i) for i in range(6)])
 
 
 def _preemptions_in_a_tight_pool(steps_ahead: int) -> int:
