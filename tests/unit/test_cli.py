@@ -32,7 +32,7 @@ def test_a_server_stays_until_it_is_interrupted_whatever_else_signals(
         if len(heard) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Client, "status", lambda self: [])
+    monkeypatch.setattr(Client, "status", lambda self: {})
     before = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
     try:
