@@ -16,7 +16,7 @@ MIB = 1 << 20
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
-Mode = Literal["elastic", "static"]
+Mode = Literal["elastic", "virtual", "static"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +46,43 @@ class MemoryConfig:
     """The elastic pool.
 
     Attributes:
-        mode: `elastic` lets KV cache and activations share every chunk; `static` sets the largest
-            activation aside at start, as engines commonly do.
+        mode: `elastic` lets KV cache and activations share every chunk. `virtual` backs KV on demand
+            too, but sets the largest activation aside at start, as paged engines commonly do. `static`
+            also backs every slot for the longest sequence at start, as engines did before paging. The
+            last two are baselines to measure against.
         pool_bytes: physical memory of the pool; None measures what is free after the weights (GPU)
             or takes 1 GiB (CPU).
         chunk_bytes: size of a chunk; None is 2 MiB on a GPU (the driver's granularity) and 512 KiB
             on a CPU.
         layers_per_group: layers whose KV shares a chunk; None applies the rule of `KvGeometry`.
-        margin_bytes: GPU memory left alone when `pool_bytes` is measured: cuBLAS workspaces, the
-            sampler's temporaries and the driver's own growth live there.
+        margin_bytes: GPU memory that the pool never takes: temporaries of torch and of the driver live
+            there. Looked at whenever chunks are made, so a process beside this one is heeded too.
+        enable_prefix_caching: keep the KV of what was computed for prompts that begin alike. Only in
+            the modes that back KV on demand.
+        map_ahead_tokens: a running sequence's next chunks are mapped, beside the steps, when so few
+            tokens are left in the ones it has; 0 maps when they are needed.
+        trim_after_s: seconds without work after which free chunks go back to the device; None keeps
+            them. What they hold of prefixes stays.
     """
 
     mode: Mode = "elastic"
     pool_bytes: int | None = None
     chunk_bytes: int | None = None
     layers_per_group: int | None = None
-    margin_bytes: int = 2048 * MIB
+    margin_bytes: int = 1024 * MIB
+    enable_prefix_caching: bool = True
+    map_ahead_tokens: int = 32
+    trim_after_s: float | None = 300.0
 
     def __post_init__(self) -> None:
         if self.pool_bytes is not None and self.pool_bytes <= 0:
             raise ConfigError(f"memory.pool_bytes must be positive, not {self.pool_bytes}")
         if self.chunk_bytes is not None and (self.chunk_bytes <= 0 or self.chunk_bytes % 4096):
             raise ConfigError(f"memory.chunk_bytes must be a multiple of 4096, not {self.chunk_bytes}")
+        if self.map_ahead_tokens < 0:
+            raise ConfigError(f"memory.map_ahead_tokens must be at least 0, not {self.map_ahead_tokens}")
+        if self.trim_after_s is not None and self.trim_after_s < 0:
+            raise ConfigError(f"memory.trim_after_s must be at least 0, not {self.trim_after_s}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +93,8 @@ class SchedulerConfig:
         max_num_seqs: sequences that may hold KV at once; also the number of slots.
         max_num_batched_tokens: tokens of one step, decodes and prefill pieces together.
         prefill_piece_tokens: tokens of one prompt in one step; None is limited by the step alone.
+        max_prefill_tokens: tokens of a step that no decode waits for, if memory allows: a prompt may
+            then be computed in pieces up to this size. None is `max_num_batched_tokens`.
         max_num_queued_reqs: requests that may wait beside those that run; one more is refused as
             overload.
     """
@@ -85,6 +102,7 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     prefill_piece_tokens: int | None = None
+    max_prefill_tokens: int | None = None
     max_num_queued_reqs: int = 1024
 
     def __post_init__(self) -> None:
@@ -97,6 +115,16 @@ class SchedulerConfig:
             )
         if self.prefill_piece_tokens is not None and self.prefill_piece_tokens < 1:
             raise ConfigError(f"prefill_piece_tokens must be at least 1, not {self.prefill_piece_tokens}")
+        if self.max_prefill_tokens is not None and self.max_prefill_tokens < self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_prefill_tokens ({self.max_prefill_tokens}) must be at least max_num_batched_tokens "
+                f"({self.max_num_batched_tokens})"
+            )
+
+    @property
+    def largest_step(self) -> int:
+        """Tokens of the largest step there can be."""
+        return self.max_prefill_tokens or self.max_num_batched_tokens
 
 
 @dataclass(frozen=True, slots=True)

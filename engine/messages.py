@@ -92,11 +92,16 @@ def _require(holds: bool, param: str, expected: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What a client asked for, in token ids. One choice: `n` choices are `n` requests."""
+    """What a client asked for, in token ids. One choice: `n` choices are `n` requests.
+
+    Attributes:
+        cache_salt: prefixes are shared between requests of the same salt only.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    cache_salt: str = ""
 
 
 PENDING_TOKEN = -1
@@ -108,17 +113,31 @@ class Piece:
 
     Attributes:
         slot: the KV slot of the sequence.
-        start: position of the first token, which is also how many tokens the slot already holds.
-        token_ids: PENDING_TOKEN stands for the one that the step before chose for this slot: it is on
+        seat: its place in the sampler's tables, below the number of sequences that may run.
+        start: position of the first token, which is also how many tokens the sequence already holds.
+        token_ids: PENDING_TOKEN stands for the one that the step before chose for this seat: it is on
             the device, and the host has not read it yet.
         samples: whether the logits of the last token choose the sequence's next one.
+        shared_slot, shared_tokens: the sequence's first `shared_tokens` tokens, a multiple of the tokens
+            a chunk holds, lie in the range of `shared_slot` instead; no tokens if nothing is shared.
     """
 
     request_id: str
     slot: int
+    seat: int
     start: int
     token_ids: tuple[int, ...]
     samples: bool
+    shared_slot: int = 0
+    shared_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """A copy on the device before a step computes: KV rows of every layer group, one to another."""
+
+    source_row: int
+    target_row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +148,13 @@ class StepPlan:
         step: counts up from 1; also the epoch by which retired chunks wait.
         pieces: those of one token first, so that they share one decode kernel.
         num_decodes: how many leading pieces have one token.
+        copies: blocks to copy before anything is computed.
     """
 
     step: int
     pieces: tuple[Piece, ...]
     num_decodes: int
+    copies: tuple[BlockCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -171,6 +192,7 @@ class TokenDelta:
         logprobs: one entry a token if the request asked for them, else empty.
         error: why the request failed, when `finish_reason` is `error`.
         num_preemptions: how often the sequence lost its KV and had it computed again, so far.
+        num_cached_tokens: tokens of the prompt that were not computed, because their KV was there.
     """
 
     request_id: str
@@ -179,6 +201,7 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
 
     def then(self, later: TokenDelta) -> TokenDelta:
         """This delta and the next one of the same request as one."""
@@ -189,24 +212,37 @@ class TokenDelta:
             later.finish_reason,
             later.error,
             later.num_preemptions,
+            later.num_cached_tokens,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySnapshot:
-    """Chunks of one pool by state; `free + kv + activation + guard + retiring == total`.
+    """Who has the memory of one device, now.
+
+    Chunks of the pool by state, `free + kv + cached + activation + guard + retiring == total`, and bytes
+    outside it.
 
     Attributes:
-        warm: free chunks that are still mapped where they were last used (a part of `free`).
+        kv: chunks with KV that a live sequence reads, shared ones once.
+        cached: chunks with KV that no live sequence reads, kept for prompts that begin alike; given up,
+            the oldest first, when memory is short.
+        warm: free chunks that are still mapped where they were last used, or where one will be needed
+            (a part of `free`).
         created: chunks with physical memory behind them; the rest is address space only.
+        balloon: chunks of host memory that hold KV.
         kv_tokens: tokens whose KV is held by live sequences.
-        driver_calls: create, map, unmap and release calls since start.
+        driver_calls: create, map, unmap and release calls since start, in the engine's thread.
+        driver_calls_beside: those made by the mapping thread, beside the steps.
+        weight_bytes, graph_bytes, workspace_bytes: model weights; CUDA graphs; and what torch, cuBLAS and
+            the sampler's tables hold.
     """
 
     chunk_bytes: int
     total: int
     free: int
     kv: int
+    cached: int
     activation: int
     guard: int
     retiring: int
@@ -214,6 +250,11 @@ class MemorySnapshot:
     created: int
     kv_tokens: int
     driver_calls: int
+    driver_calls_beside: int = 0
+    balloon: int = 0
+    weight_bytes: int = 0
+    graph_bytes: int = 0
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +265,8 @@ class EngineSnapshot:
         monotonic_s: the engine's clock when the snapshot was made.
         finished: requests ended so far, by finish reason.
         last_step_s: duration of the newest step.
+        prefix_queries, prefix_hits: tokens of prompts that were looked up in the prefix cache, and those
+            of them that were found.
     """
 
     model_id: str
@@ -237,6 +280,8 @@ class EngineSnapshot:
     finished: tuple[tuple[FinishReason, int], ...]
     last_step_s: float
     memory: MemorySnapshot
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
