@@ -56,6 +56,7 @@ class GenerationBody(Body):
     min_tokens: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = Field(None, min_length=1)
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -182,6 +183,13 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+class TrimBody(Body):
+    """POST /trim: all models unless one is named."""
+
+    model: str | None = None
+    drop_cache: bool = False
 
 
 def check_prompt(token_ids: Sequence[int], info: EngineInfo, param: str) -> None:

@@ -19,7 +19,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "cache_salt": (),
     "chat_template": (),
     "chat_template_content_format": ("auto", "string"),
     "continue_final_message": (False,),

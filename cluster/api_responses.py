@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from cluster.generation import Choice
+from cluster.generation import Choice, Usage
 from cluster.http_errors import HttpError
 from cluster.text_stream import TextDelta, TokenEntry
 from cluster.tokenizer import Tokenizer
@@ -28,12 +28,14 @@ def error_event(error: HttpError) -> bytes:
     return _event(error.body)
 
 
-def usage(num_prompt_tokens: int, num_output_tokens: int) -> Json:
-    """OpenAI's usage object."""
+def usage_body(usage: Usage) -> Json:
+    """OpenAI's usage object. The details are there also when nothing was cached: a missing count and a
+    count of 0 are told apart by those who look for why nothing was."""
     return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_output_tokens,
-        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.prompt_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 
@@ -58,16 +60,16 @@ class ResponseWriter(ABC):
             return _event(body)
         return _event({**self._head, "choices": [opening], **self._usage}) + _event(body)
 
-    def usage_event(self, num_prompt_tokens: int, num_output_tokens: int) -> bytes:
+    def usage_event(self, usage: Usage) -> bytes:
         """The last event of a stream that includes usage."""
-        return _event({**self._head, "choices": [], "usage": usage(num_prompt_tokens, num_output_tokens)})
+        return _event({**self._head, "choices": [], "usage": usage_body(usage)})
 
-    def whole(self, choices: Sequence[Choice], num_prompt_tokens: int, num_output_tokens: int) -> bytes:
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The answer in one piece."""
         body = {
             **self._head,
             "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
-            "usage": usage(num_prompt_tokens, num_output_tokens),
+            "usage": usage_body(usage),
         }
         return orjson.dumps(body)
 

@@ -129,6 +129,8 @@ def _asgi_builder(served: tuple[_Served, ...], args: ServingArgs) -> Callable[[]
     """A function that Serve calls in each ingress replica."""
     config = IngressConfig(
         api_keys=args.ingress.all_api_keys(),
+        admin_api_keys=args.ingress.all_admin_api_keys(),
+        salts_by_api_key=args.ingress.prefix_cache_salt == "api_key",
         max_body_bytes=args.ingress.max_body_bytes,
         request_timeout_s=args.ingress.request_timeout_s,
     )

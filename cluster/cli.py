@@ -111,6 +111,29 @@ def status(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
 
 
 @app.command()
+def trim(
+    url: Url = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option(help="Only the engines of this one.")] = None,
+    drop_cache: Annotated[
+        bool, typer.Option("--drop-cache", help="Give up the prefix cache, and its memory, as well.")
+    ] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="BALLONET_ADMIN_API_KEY", help="One of the server's admin keys.")
+    ] = None,
+) -> None:
+    """Have the engines of a running server give memory they do not use back to their devices.
+
+    They take it again when they need it; requests go on. Only the chunks that are free at this moment
+    are given back.
+    """
+    with _errors_end_it():
+        given = Client(url, api_key).trim(model, drop_cache=drop_cache)
+        _console.print(cli_render.trimmed_view(given))
+        if any(not engines or not all(isinstance(one, int) for one in engines) for engines in given.values()):
+            raise typer.Exit(1)
+
+
+@app.command()
 @functools.wraps(command.bench)
 def bench(**options: Any) -> None:
     """The options and their help are `cluster.bench.command`'s."""

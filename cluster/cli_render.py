@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from cluster.client import Answer
 from cluster.config import LLMConfig, ServeFile
-from cluster.metrics import pool_states
-from engine.messages import EngineSnapshot
+from cluster.metrics import pool_by_owner
+from engine.messages import EngineSnapshot, MemorySnapshot
 
 _BAR_CELLS = 64
 # Shape as well as colour: the bar must read without colours too.
 _STYLES = {
-    "kv": ("█", "green", "KV cache"),
-    "activation": ("▓", "yellow", "activations"),
+    "kv": ("█", "green", "KV live"),
+    "kv_cached": ("=", "cyan", "KV cached"),
+    "activations": ("▓", "yellow", "activations"),
     "guard": ("#", "magenta", "guard"),
     "retiring": ("~", "red", "retiring"),
     "warm": ("▒", "blue", "warm (free)"),
@@ -27,34 +29,55 @@ _STYLES = {
 
 
 def pool_picture(snapshot: EngineSnapshot) -> RenderableType:
-    """The pool of one engine: a bar of its chunks by state, and a legend with sizes."""
+    """The memory of one engine: a bar of the pool's chunks by owner, a legend with sizes, and the rest."""
     memory = snapshot.memory
-    states = pool_states(snapshot)
-    bar, legend = Text(), Text()
-    for state, cells in _cells(states, _BAR_CELLS).items():
-        glyph, colour, _ = _STYLES[state]
+    owners = pool_by_owner(memory)
+    bar, legend = Text(), []
+    for owner, cells in _cells(owners, _BAR_CELLS).items():
+        glyph, colour, _ = _STYLES[owner]
         bar.append(glyph * cells, style=colour)
-    for state, chunks in states.items():
+    for owner, chunks in owners.items():
         if chunks:
-            glyph, colour, label = _STYLES[state]
-            legend.append(f"{glyph} ", style=colour)
-            legend.append(f"{label} {size(chunks * memory.chunk_bytes)}  ")
-    head = Text(
-        f"{memory.total} chunks of {size(memory.chunk_bytes)}, {memory.kv_tokens} tokens of KV, "
-        f"{memory.driver_calls} driver calls since start"
+            glyph, colour, label = _STYLES[owner]
+            legend.append(Text.assemble((glyph, colour), f" {label} {size(chunks * memory.chunk_bytes)}"))
+    lines = (
+        f"{memory.total} chunks of {size(memory.chunk_bytes)}, {size(memory.created * memory.chunk_bytes)} "
+        f"physical, {memory.kv_tokens} tokens of KV",
+        _outside(memory),
+        _hit_rate(snapshot),
+        f"{memory.driver_calls} driver calls since start, {memory.driver_calls_beside} more beside the steps",
     )
-    return Group(head, bar, legend)
+    head, *rest = [Text(line) for line in lines if line]
+    return Group(head, bar, Columns(legend, padding=(0, 2)), *rest)
 
 
-def _cells(states: Mapping[str, int], width: int) -> dict[str, int]:
-    """Cells per state, `width` in all; a state that has chunks gets at least one."""
-    total = sum(states.values())
-    if total == 0:
-        return dict.fromkeys(states, 0)
-    cells = {
-        state: max(1, round(width * chunks / total)) if chunks else 0 for state, chunks in states.items()
+def _outside(memory: MemorySnapshot) -> str:
+    """The memory that is not the pool's."""
+    parts = {
+        "weights": memory.weight_bytes,
+        "CUDA graphs": memory.graph_bytes,
+        "workspaces": memory.workspace_bytes,
+        "balloon on the host": memory.balloon * memory.chunk_bytes,
     }
-    largest = max(cells, key=lambda state: cells[state])
+    held = [f"{label} {size(num_bytes)}" for label, num_bytes in parts.items() if num_bytes]
+    return f"outside the pool: {', '.join(held)}" if held else ""
+
+
+def _hit_rate(snapshot: EngineSnapshot) -> str:
+    """How much of the prompts the prefix cache had, since start."""
+    queries, hits = snapshot.prefix_queries, snapshot.prefix_hits
+    return f"prefix cache: {hits} of {queries} prompt tokens found ({hits / queries:.1%})" if queries else ""
+
+
+def _cells(owners: Mapping[str, int], width: int) -> dict[str, int]:
+    """Cells per owner, `width` in all; an owner that has chunks gets at least one."""
+    total = sum(owners.values())
+    if total == 0:
+        return dict.fromkeys(owners, 0)
+    cells = {
+        owner: max(1, round(width * chunks / total)) if chunks else 0 for owner, chunks in owners.items()
+    }
+    largest = max(cells, key=lambda owner: cells[owner])
     cells[largest] += width - sum(cells.values())
     return cells
 
@@ -76,11 +99,29 @@ def status_view(models: Mapping[str, Sequence[EngineSnapshot]]) -> RenderableTyp
     return Group(*parts)
 
 
+def trimmed_view(models: Mapping[str, Sequence[int | str]]) -> RenderableType:
+    """What each engine gave back to its device, or why it did not."""
+    lines = [
+        Text(f"{model_id} group {number}: {given}", style="red")
+        if isinstance(given, str)
+        else Text(f"{model_id} group {number}: gave {size(given)} back")
+        for model_id, engines in models.items()
+        for number, given in enumerate(engines)
+    ]
+    lines += [
+        Text(f"{model_id}: no engine answers", style="red")
+        for model_id, engines in models.items()
+        if not engines
+    ]
+    return Group(*lines)
+
+
 def answer_figures(answer: Answer) -> Text:
     """What the client measured, in one line."""
+    cached = f" ({answer.cached_tokens} cached)" if answer.cached_tokens else ""
     return Text(
-        f"{answer.prompt_tokens} tokens in, {answer.completion_tokens} out ({answer.finish_reason})   "
-        f"TTFT {answer.ttft_s * 1000:.0f} ms   {answer.tokens_per_s:.1f} tokens/s",
+        f"{answer.prompt_tokens} tokens in{cached}, {answer.completion_tokens} out "
+        f"({answer.finish_reason})   TTFT {answer.ttft_s * 1000:.0f} ms   {answer.tokens_per_s:.1f} tokens/s",
         style="cyan",
     )
 

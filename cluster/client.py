@@ -29,6 +29,7 @@ class Answer:
     """One chat completion as the client saw it.
 
     Attributes:
+        cached_tokens: those of the prompt that the server did not compute; 0 if it does not tell.
         ttft_s: from sending to the first piece of text.
         total_s: from sending to the end of the stream.
     """
@@ -39,6 +40,7 @@ class Answer:
     completion_tokens: int
     ttft_s: float
     total_s: float
+    cached_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -100,7 +102,8 @@ class Client:
         }
         body |= {name: value for name, value in sampling.items() if value is not None}
         started = time.monotonic()
-        first_s, pieces, reason, usage = None, [], "", {"prompt_tokens": 0, "completion_tokens": 0}
+        first_s, pieces, reason = None, [], ""
+        usage: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0}
         for event in self._events("/v1/chat/completions", body):
             usage = event.get("usage") or usage
             for choice in event["choices"]:
@@ -117,16 +120,33 @@ class Client:
             completion_tokens=usage["completion_tokens"],
             ttft_s=first_s or total_s,
             total_s=total_s,
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
         )
 
-    def _get(self, path: str, timeout_s: float = _READ_S) -> Any:
+    def trim(self, model: str | None = None, *, drop_cache: bool = False) -> dict[str, list[int | str]]:
+        """Have the engines of one model or of all give memory back; by model id the bytes that each gave, or
+        why it did not."""
+        response = self._send("POST", "/trim", json={"model": model, "drop_cache": drop_cache})
         try:
-            response = self._http.get(path, timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S))
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+            models = response.json()["models"]  # beside an error too, which some engines may have had
+        except (ValueError, KeyError, TypeError):
+            raise _refused(response) from None
+        return {
+            model["model_id"]: [engine["error"] or engine["released_bytes"] for engine in model["engines"]]
+            for model in models
+        }
+
+    def _get(self, path: str, timeout_s: float = _READ_S) -> Any:
+        response = self._send("GET", path, timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S))
         if response.is_error:
             raise _refused(response)
         return response.json()
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            return self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
 
     def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         has_ended = False

@@ -2,13 +2,13 @@
 
 Names follow Ray's LLMServingArgs and LLMConfig, so that a Ray LLM file ports by changing its
 `import_path`. What an engine field means stands in `engine.config`, once; what a `deployment_config`
-field means stands in Ray Serve's documentation. `cluster.config_values` reads sizes and paths,
-`cluster.config_errors` words what can go wrong; no other file reads the environment.
+field means stands in Ray Serve's documentation. `cluster.config_ingress` is the HTTP side,
+`cluster.config_values` reads sizes and paths, `cluster.config_errors` words what can go wrong; no other
+file reads the environment.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -25,12 +25,13 @@ from pydantic import (
 )
 
 from cluster.config_errors import explain
-from cluster.config_values import DEFAULT_MAX_BODY_BYTES, Bytes, Section, Source
+from cluster.config_ingress import IngressSection
+from cluster.config_values import Bytes, Section, Source
 from engine.config import Device, Dtype, EngineConfig, LoadFormat, MemoryConfig, Mode, ModelSource
 from engine.config import SchedulerConfig as EngineSchedulerConfig
 from engine.errors import ConfigError
 
-_SCHEDULER = EngineSchedulerConfig()  # the defaults stand in engine.config alone
+_SCHEDULER, _MEMORY = EngineSchedulerConfig(), MemoryConfig()  # the defaults stand in engine.config alone
 
 
 class ModelLoadingConfig(Section):
@@ -44,14 +45,17 @@ class ModelLoadingConfig(Section):
 class EngineKwargs(Section):
     """`engine.config.SchedulerConfig`, `ModelSource` and `EngineConfig` under vLLM's names.
 
-    `device: auto` is cuda where the Ray cluster has GPUs, else cpu.
+    `device: auto` is cuda where the Ray cluster has GPUs, else cpu. `enable_prefix_caching` is
+    `MemoryConfig`'s; it has no effect where `memory.mode` is static.
     """
 
     max_model_len: PositiveInt | None = None
     max_num_seqs: PositiveInt = _SCHEDULER.max_num_seqs
     max_num_batched_tokens: PositiveInt = _SCHEDULER.max_num_batched_tokens
     prefill_piece_tokens: PositiveInt | None = None
+    max_prefill_tokens: PositiveInt | None = None
     max_num_queued_reqs: PositiveInt = _SCHEDULER.max_num_queued_reqs
+    enable_prefix_caching: bool = _MEMORY.enable_prefix_caching
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"
     seed: int = 0
@@ -71,11 +75,13 @@ class EngineKwargs(Section):
 class MemorySection(Section):
     """`engine.config.MemoryConfig`; sizes may be written as `512MiB`."""
 
-    mode: Mode = "elastic"
+    mode: Mode = _MEMORY.mode
     pool_bytes: Bytes | None = None
     chunk_bytes: Bytes | None = None
     layers_per_group: PositiveInt | None = None
-    margin_bytes: Bytes = MemoryConfig().margin_bytes
+    margin_bytes: Bytes = _MEMORY.margin_bytes
+    map_ahead_tokens: NonNegativeInt = _MEMORY.map_ahead_tokens
+    trim_after_s: NonNegativeFloat | None = _MEMORY.trim_after_s
 
 
 class PlacementGroupConfig(Section):
@@ -156,33 +162,6 @@ class LLMConfig(Section):
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self
-
-
-class IngressSection(Section):
-    """The HTTP side.
-
-    `api_keys` are accepted as `Authorization: Bearer`; `api_keys_env` names an environment variable
-    with more of them, separated by commas, so that no key needs to stand in the file. Without any
-    key the server is open.
-    """
-
-    api_keys: tuple[str, ...] = Field(default=(), strict=False)
-    api_keys_env: str | None = None
-    max_body_bytes: Bytes = DEFAULT_MAX_BODY_BYTES
-    request_timeout_s: PositiveFloat | None = None
-    num_replicas: PositiveInt = 1
-    max_ongoing_requests: PositiveInt = 10_000
-
-    @model_validator(mode="after")
-    def _keys_exist(self) -> Self:
-        if self.api_keys_env is not None and not self.all_api_keys():
-            raise ValueError(f"api_keys_env: the environment variable {self.api_keys_env} holds no key")
-        return self
-
-    def all_api_keys(self) -> tuple[str, ...]:
-        """The keys of the file and of the environment."""
-        from_env = os.environ.get(self.api_keys_env, "") if self.api_keys_env else ""
-        return self.api_keys + tuple(key.strip() for key in from_env.split(",") if key.strip())
 
 
 class ControllerSection(Section):
@@ -279,11 +258,12 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
             dtype=kwargs.dtype,
             seed=kwargs.seed,
         ),
-        memory=MemoryConfig(**llm.memory.model_dump()),
+        memory=MemoryConfig(**llm.memory.model_dump(), enable_prefix_caching=kwargs.enable_prefix_caching),
         scheduler=EngineSchedulerConfig(
             max_num_seqs=kwargs.max_num_seqs,
             max_num_batched_tokens=kwargs.max_num_batched_tokens,
             prefill_piece_tokens=kwargs.prefill_piece_tokens,
+            max_prefill_tokens=kwargs.max_prefill_tokens,
             max_num_queued_reqs=kwargs.max_num_queued_reqs,
         ),
         device=device,

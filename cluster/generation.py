@@ -31,26 +31,52 @@ class Choice:
     finish_reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request has cost so far, over all its choices.
+
+    Attributes:
+        prompt_tokens: counted once a prompt, not once a choice.
+        cached_tokens: those of them that nothing was computed for. Of the choices of a prompt the one that
+            found the least counts: what it did not find was computed for this request, though its
+            siblings may then have found it.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+
 @dataclass(slots=True)
 class Generation:
     """One request with all its choices.
 
     Attributes:
-        requests: one a choice, in the order of the answer.
-        num_prompt_tokens: counted once a prompt, not once a choice.
+        requests: one a choice, in the order of the answer: `num_choices` of each prompt.
         arrived_s: `time.perf_counter()` when the HTTP request came in.
-        num_output_tokens: generated so far, over all choices.
     """
 
     model: ServedModel
     tokenizer: Tokenizer
     requests: Sequence[GenerateRequest]
+    num_choices: int
     options: TextOptions
-    num_prompt_tokens: int
     observer: RequestObserver
     arrived_s: float
-    num_output_tokens: int = 0
+    _num_output_tokens: int = 0
+    _num_cached_tokens: dict[int, int] = field(default_factory=dict)
     _newest_s: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def usage(self) -> Usage:
+        """What it has cost so far."""
+        firsts = range(0, len(self.requests), self.num_choices)
+        cached = self._num_cached_tokens
+        return Usage(
+            sum(len(self.requests[first].prompt_token_ids) for first in firsts),
+            self._num_output_tokens,
+            sum(min(cached.get(first + choice, 0) for choice in range(self.num_choices)) for first in firsts),
+        )
 
     async def deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """(choice, what it gained) as it comes, until every choice has ended.
@@ -62,7 +88,8 @@ class Generation:
         reason = "cancelled"
         newest: str = "stop"
         try:
-            async with aclosing(_merge([self._choice(request) for request in self.requests])) as merged:
+            choices = [self._choice(index) for index in range(len(self.requests))]
+            async with aclosing(_merge(choices)) as merged:
                 async for index, delta in merged:
                     self._count(index, delta)
                     newest = delta.finish_reason or newest
@@ -73,12 +100,13 @@ class Generation:
             reason = "error"
             raise
         finally:
+            usage = self.usage
             self.observer.request_finished(
                 self.model.model_id,
                 reason,
                 time.perf_counter() - self.arrived_s,
-                self.num_prompt_tokens,
-                self.num_output_tokens,
+                usage.prompt_tokens,
+                usage.output_tokens,
             )
 
     async def collect(self) -> list[Choice]:
@@ -101,13 +129,14 @@ class Generation:
         elif not self._newest_s:
             self.observer.first_token(self.model.model_id, now - self.arrived_s)
         self._newest_s[index] = now
-        self.num_output_tokens += delta.num_tokens
+        self._num_output_tokens += delta.num_tokens
 
-    async def _choice(self, request: GenerateRequest) -> AsyncGenerator[TextDelta, None]:
-        text = TextStream(self.tokenizer, self.options)
+    async def _choice(self, index: int) -> AsyncGenerator[TextDelta, None]:
+        request, text = self.requests[index], TextStream(self.tokenizer, self.options)
         async with aclosing(self.model.generate(request)) as tokens:
             async for delta in tokens:
                 _raise_if_failed(delta)
+                self._num_cached_tokens.setdefault(index, delta.num_cached_tokens)
                 gained = text.push(delta)
                 yield gained
                 if gained.finish_reason is not None:

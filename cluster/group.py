@@ -27,6 +27,8 @@ from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDe
 
 ENGINE_BUNDLE = 1  # bundle 0 of the placement group holds the replica itself
 _SHUTDOWN_S = 10.0
+# To the top of the next step, which may be a long prefill, and then through the driver: 80 GiB take 1.3 s.
+TRIM_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class TpGroup:
             raise EngineDeadError(
                 f"the engine's process ended while it loaded: {_first_line(error)}"
             ) from None
-        self._metrics = GroupMetrics(RayBackend(), self._info)
+        self._metrics = GroupMetrics(RayBackend())
 
     async def info(self) -> EngineInfo:
         """Facts of the loaded engine."""
@@ -108,6 +110,20 @@ class TpGroup:
             return None
         return snapshot
 
+    async def trim(self, drop_cache: bool) -> int | Refusal:
+        """Bytes that the engine gave back to its device."""
+        try:
+            released: int = await asyncio.wait_for(self._engine.trim.remote(drop_cache), TRIM_S)
+        except TimeoutError:
+            return Refusal(EngineDeadError(f"the engine has not come to it within {TRIM_S:.0f} s"))
+        except RayActorError as error:
+            return Refusal(EngineDeadError(f"the engine's process ended: {_first_line(error)}"))
+        except RayTaskError as error:
+            if not isinstance(error.cause, BallonetError):
+                raise
+            return Refusal(error.cause)
+        return released
+
     async def record_routing_stats(self) -> dict[str, float]:
         """What `cluster.router` reads. Serve asks once per period, which also paces the metrics."""
         snapshot = await self.snapshot()
@@ -117,6 +133,7 @@ class TpGroup:
         return {
             "num_running": snapshot.num_running,
             "num_waiting": snapshot.num_waiting,
+            # Of live sequences alone: cached prefixes are given up when a request needs their memory.
             "kv_usage": snapshot.memory.kv / max(snapshot.memory.total, 1),
             "num_steps": snapshot.num_steps,
         }

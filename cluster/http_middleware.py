@@ -5,6 +5,7 @@ Plain ASGI, so that a stream passes through without being wrapped or buffered.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import re
@@ -20,6 +21,13 @@ from cluster.http_errors import HttpError, describe
 _logger = logging.getLogger("ballonet.ingress")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _OPEN_PATHS = frozenset(("/health", "/version"))  # probes have no keys
+_KEY_DIGEST = b"ballonet api key"  # what blake2b is personalised with: other digests of a key differ
+_KEY_REQUIRED = HttpError(
+    401,
+    "a valid API key is required, as 'Authorization: Bearer KEY'",
+    code="invalid_api_key",
+    headers={"WWW-Authenticate": "Bearer"},
+)
 
 
 class RequestIdMiddleware:
@@ -57,31 +65,30 @@ class RequestIdMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Refuses requests without one of the configured keys as bearer token."""
+    """Refuses requests without one of the configured keys as bearer token; without any key lets all pass.
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    What the key was stands in `request.state`, the key itself goes no further: `api_key_digest`, empty if
+    there was none that is configured, and `is_admin`.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], admin_api_keys: Sequence[str]) -> None:
         self._app = app
         self._keys = [key.encode() for key in api_keys]
+        self._admin_keys = [key.encode() for key in admin_api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(scope) or self._is_allowed(Headers(scope=scope)):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        error = HttpError(
-            401,
-            "a valid API key is required, as 'Authorization: Bearer KEY'",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await error.response()(scope, receive, send)
-
-    def _is_allowed(self, headers: Headers) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            return False
-        token = given.strip().encode("latin-1")  # the bytes as they came
-        # All keys are compared, each in constant time: the answer's delay tells nothing about them.
-        return sum(hmac.compare_digest(token, key) for key in self._keys) > 0
+        token = _bearer(Headers(scope=scope))
+        is_admin = _is_among(token, self._admin_keys)
+        is_known = _is_among(token, self._keys) or is_admin
+        if self._keys and not is_known and not _is_open(scope):
+            await _KEY_REQUIRED.response()(scope, receive, send)
+            return
+        digest = hashlib.blake2b(token, digest_size=32, person=_KEY_DIGEST).digest() if is_known else b""
+        scope.setdefault("state", {}).update(api_key_digest=digest, is_admin=is_admin)
+        await self._app(scope, receive, send)
 
 
 class BodyLimitMiddleware:
@@ -117,6 +124,17 @@ class BodyLimitMiddleware:
 
 def _is_open(scope: Scope) -> bool:
     return str(scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/")) in _OPEN_PATHS
+
+
+def _bearer(headers: Headers) -> bytes:
+    """The bearer token's bytes as they came; empty if there is none."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+
+
+def _is_among(token: bytes, keys: Sequence[bytes]) -> bool:
+    # All keys are compared, each in constant time: the answer's delay tells nothing about them.
+    return sum([hmac.compare_digest(token, key) for key in keys]) > 0
 
 
 def describe_and_log(error: Exception, request_id: str) -> HttpError:

@@ -2,12 +2,14 @@
 
 Owns the order of steps within a request. Bodies are `cluster.api`'s, answers `cluster.api_responses`',
 errors `cluster.http_errors`', the run of the choices `cluster.generation`'s, and the routes that generate
-nothing `cluster.ingress_routes`'. Knows no Ray: models come as `cluster.streaming.ServedModel`.
+nothing `cluster.ingress_routes`' and `cluster.ingress_admin`'s. Knows no Ray: models come as
+`cluster.streaming.ServedModel`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -32,6 +34,7 @@ from cluster.http_middleware import (
     RequestIdMiddleware,
     describe_and_log,
 )
+from cluster.ingress_admin import add_admin_routes
 from cluster.ingress_routes import add_information_routes, answer_http_exception, find_model
 from cluster.prompts import TokenIds, chat_prompt, completion_prompts
 from cluster.streaming import NullObserver, RequestObserver, ServedModel
@@ -45,10 +48,14 @@ class IngressConfig:
 
     Attributes:
         api_keys: accepted bearer tokens; none leaves the server open.
+        admin_api_keys: those that may change the state of engines too; none closes the routes that do.
+        salts_by_api_key: whether requests of different keys share no cached prefix.
         request_timeout_s: from the arrival of a request to its last token; None for no limit.
     """
 
     api_keys: tuple[str, ...] = ()
+    admin_api_keys: tuple[str, ...] = ()
+    salts_by_api_key: bool = False
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     request_timeout_s: float | None = None
 
@@ -64,20 +71,25 @@ def create_app(
     app = FastAPI(title="Ballonet", openapi_url=None)
     app.add_exception_handler(HTTPException, answer_http_exception)
     app.add_middleware(BodyLimitMiddleware, max_body_bytes=config.max_body_bytes)
-    if config.api_keys:
-        app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
+    app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys, admin_api_keys=config.admin_api_keys)
     app.add_middleware(RequestIdMiddleware)
     app.post("/v1/chat/completions")(front.chat)
     app.post("/v1/completions")(front.complete)
     add_information_routes(app, models)
+    add_admin_routes(app, models)
     return app
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One request on its way: what the steps hand on to each other."""
+    """One request on its way: what the steps hand on to each other.
+
+    Attributes:
+        api_key_digest: of the key that sent it, if prefixes are not shared between keys; else empty.
+    """
 
     request_id: str
+    api_key_digest: bytes
     arrived_s: float
     deadline_s: float | None
     model: ServedModel
@@ -120,7 +132,7 @@ class _Front:
         self, request: Request, body_type: type[GenerationT], answer: Answer[GenerationT]
     ) -> Response:
         arrived_s = time.perf_counter()
-        model_id = ""
+        model_id, state = "", request.state
         limit_s = self._config.request_timeout_s
         deadline_s = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
         try:
@@ -130,7 +142,8 @@ class _Front:
                 model_id = model.model_id
                 body.check()
                 info, tokenizer = await asyncio.gather(model.info(), model.tokenizer())
-                call = _Call(request.state.request_id, arrived_s, deadline_s, model, info, tokenizer)
+                key = state.api_key_digest if self._config.salts_by_api_key else b""
+                call = _Call(state.request_id, key, arrived_s, deadline_s, model, info, tokenizer)
                 return await until_disconnect(request.receive, answer(call, body))
         except Exception as error:
             self._observer.request_rejected(model_id, describe(error).status)
@@ -159,8 +172,8 @@ class _Front:
             model=call.model,
             tokenizer=call.tokenizer,
             requests=_engine_requests(call, body, prompts),
+            num_choices=body.n,
             options=body.text_options(),
-            num_prompt_tokens=sum(map(len, prompts)),
             observer=self._observer,
             arrived_s=call.arrived_s,
         )
@@ -172,8 +185,7 @@ class _Front:
                 first, events, partial(describe_and_log, request_id=call.request_id), call.deadline_s
             )
         choices = await generation.collect()
-        answer = writer.whole(choices, generation.num_prompt_tokens, generation.num_output_tokens)
-        return Response(answer, media_type="application/json")
+        return Response(writer.whole(choices, generation.usage), media_type="application/json")
 
 
 async def _events(
@@ -183,19 +195,27 @@ async def _events(
         async for index, delta in deltas:
             yield writer.events(index, delta)
     if includes_usage:
-        yield writer.usage_event(generation.num_prompt_tokens, generation.num_output_tokens)
+        yield writer.usage_event(generation.usage)
 
 
 def _engine_requests(call: _Call, body: GenerationBody, prompts: Sequence[TokenIds]) -> list[GenerateRequest]:
     """One request a choice, all choices of the first prompt first."""
     unique = f"{call.request_id}-{uuid.uuid4().hex[:8]}"  # clients may repeat their x-request-id
+    salt = _cache_salt(call.api_key_digest, body.cache_salt)
     requests: list[GenerateRequest] = []
     for token_ids in prompts:
         max_tokens = resolve_max_tokens(body, len(token_ids), call.info)
         for choice in range(body.n):
             sampling = body.sampling(max_tokens, call.info.vocab_size, choice)
-            requests.append(GenerateRequest(f"{unique}-{len(requests)}", token_ids, sampling))
+            requests.append(GenerateRequest(f"{unique}-{len(requests)}", token_ids, sampling, salt))
     return requests
+
+
+def _cache_salt(api_key_digest: bytes, asked: str | None) -> str:
+    """One salt of both, "" if there is neither. A digest: what a client sends as a salt may be a secret."""
+    if asked is None and not api_key_digest:
+        return ""
+    return hashlib.blake2b((asked or "").encode(), key=api_key_digest, digest_size=32).hexdigest()
 
 
 def _echoes(body: CompletionBody, prompts: Sequence[TokenIds], tokenizer: Tokenizer) -> list[str]:

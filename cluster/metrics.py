@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from engine.messages import EngineInfo, EngineSnapshot
+from engine.messages import EngineSnapshot, MemorySnapshot
 
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _ITL_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -68,19 +68,33 @@ REGISTRY: tuple[Metric, ...] = (
     # From each TP group: what its engine is doing.
     Metric("ballonet_num_requests_running", "gauge", "requests", "Sequences that hold KV."),
     Metric("ballonet_num_requests_waiting", "gauge", "requests", "Sequences in the engine's queue."),
-    Metric("ballonet_kv_cache_usage_perc", "gauge", "1", "Share of the pool's chunks that hold KV, 0 to 1."),
-    Metric("ballonet_kv_cache_tokens", "gauge", "tokens", "Tokens whose KV is held."),
     Metric(
-        "ballonet_pool_bytes",
+        "ballonet_kv_cache_usage_perc",
+        "gauge",
+        "1",
+        "Share of the pool's chunks with KV of live sequences, 0 to 1. Cached prefixes do not count: they "
+        "are given up when a request needs their memory.",
+    ),
+    Metric("ballonet_kv_cache_tokens", "gauge", "tokens", "Tokens whose KV live sequences hold."),
+    Metric("ballonet_prefix_cache_queries", "counter", "tokens", "Prompt tokens looked up in the cache."),
+    Metric("ballonet_prefix_cache_hits", "counter", "tokens", "Prompt tokens found in the prefix cache."),
+    Metric(
+        "ballonet_memory_bytes",
         "gauge",
         "bytes",
-        "The elastic pool by state: kv, activation, guard, retiring, warm (free, mapped), free (the rest).",
-        ("model_name", "state"),
+        "Memory by owner. The pool's: kv (live), kv_cached, activations, guard, retiring, warm (free and "
+        "mapped), free (the rest, physical or not). Outside it: weights, graphs, workspace. On the host: "
+        "balloon.",
+        ("model_name", "owner"),
     ),
     Metric("ballonet_pool_created_bytes", "gauge", "bytes", "The pool's memory with physical backing."),
-    Metric("ballonet_weight_bytes", "gauge", "bytes", "Memory of the weights, outside the pool."),
     Metric(
-        "ballonet_driver_calls", "counter", "calls", "Create, map, unmap and release calls of the driver."
+        "ballonet_driver_calls",
+        "counter",
+        "calls",
+        "Create, map, unmap and release calls of the driver: at_once in the engine's thread, beside the "
+        "steps in the mapping thread.",
+        ("model_name", "made"),
     ),
     Metric("ballonet_prompt_tokens", "counter", "tokens", "Prompt tokens computed."),
     Metric("ballonet_generation_tokens", "counter", "tokens", "Tokens generated."),
@@ -203,10 +217,9 @@ class _Totals:
 class GroupMetrics(_Feeder):
     """Exports one engine's snapshots."""
 
-    def __init__(self, backend: MetricBackend, info: EngineInfo) -> None:
+    def __init__(self, backend: MetricBackend) -> None:
         super().__init__(backend)
         self._totals = _Totals()
-        self._send("weight_bytes", info.weight_bytes, model_name=info.model_id)
 
     def export(self, snapshot: EngineSnapshot) -> None:
         """Gauges as they are, counters by what they grew since the last export."""
@@ -220,7 +233,8 @@ class GroupMetrics(_Feeder):
             "engine_step_seconds": snapshot.last_step_s,
         }
         counters = {
-            "driver_calls": memory.driver_calls,
+            "prefix_cache_queries": snapshot.prefix_queries,
+            "prefix_cache_hits": snapshot.prefix_hits,
             "prompt_tokens": snapshot.prompt_tokens,
             "generation_tokens": snapshot.generated_tokens,
             "num_preemptions": snapshot.num_preemptions,
@@ -230,16 +244,30 @@ class GroupMetrics(_Feeder):
             self._send(name, value, model_name=model)
         for name, total in counters.items():
             self._send(name, self._totals.grown(name, total), model_name=model)
-        for state, chunks in pool_states(snapshot).items():
-            self._send("pool_bytes", chunks * memory.chunk_bytes, model_name=model, state=state)
+        for made, total in (("at_once", memory.driver_calls), ("beside", memory.driver_calls_beside)):
+            grown = self._totals.grown(f"driver_calls_{made}", total)
+            self._send("driver_calls", grown, model_name=model, made=made)
+        for owner, num_bytes in memory_by_owner(memory).items():
+            self._send("memory_bytes", num_bytes, model_name=model, owner=owner)
 
 
-def pool_states(snapshot: EngineSnapshot) -> dict[str, int]:
-    """Chunks by state, each chunk once: `warm` is taken out of `free`."""
-    memory = snapshot.memory
+def memory_by_owner(memory: MemorySnapshot) -> dict[str, int]:
+    """Bytes by owner: the pool's, each once, then those outside it."""
+    pool = {owner: chunks * memory.chunk_bytes for owner, chunks in pool_by_owner(memory).items()}
+    return pool | {
+        "weights": memory.weight_bytes,
+        "graphs": memory.graph_bytes,
+        "workspace": memory.workspace_bytes,
+        "balloon": memory.balloon * memory.chunk_bytes,
+    }
+
+
+def pool_by_owner(memory: MemorySnapshot) -> dict[str, int]:
+    """The pool's chunks by owner, each chunk once: `warm` is taken out of `free`."""
     return {
         "kv": memory.kv,
-        "activation": memory.activation,
+        "kv_cached": memory.cached,
+        "activations": memory.activation,
         "guard": memory.guard,
         "retiring": memory.retiring,
         "warm": memory.warm,

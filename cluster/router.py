@@ -26,7 +26,7 @@ class GroupLoad:
     Attributes:
         queue_len: requests this router believes to be there, those on their way included.
         num_running, num_waiting: as the group pushed them; None when they are missing.
-        kv_usage: share of the group's chunks that hold KV, 0 to 1.
+        kv_usage: share of the group's chunks that hold KV of live sequences, 0 to 1.
         age_s: seconds since the pushed facts last changed.
     """
 

@@ -6,21 +6,22 @@ Turns Ray's errors into Ballonet's and makes sure that a stream nobody reads is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cluster.group import Refusal
+from cluster.group import TRIM_S, Refusal
 from cluster.tokenizer import Tokenizer
-from engine.errors import EngineDeadError, OverloadedError
+from engine.errors import BallonetError, EngineDeadError, OverloadedError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
 
 T = TypeVar("T")
 
 _ANSWER_S = 2.0  # a group that takes longer to answer a control call is not well
+_TRIM_S = TRIM_S + 5.0  # a group answers in TRIM_S whatever its engine does
 
 
 class GroupsOfModel:
@@ -88,6 +89,18 @@ class GroupsOfModel:
         """Of every engine that answers in time, fresh: the groups are asked, 7 ms for one of them."""
         return await snapshots_of(self._handle)
 
+    async def trim(self, drop_cache: bool) -> list[int | BallonetError]:
+        """The bytes that each engine gave back, or why it did not; empty if no group is up."""
+        answers = await _broadcast(self._handle, _TRIM_S, "trim", drop_cache)
+        return [
+            answer.error
+            if isinstance(answer, Refusal)
+            else answer
+            if isinstance(answer, int)
+            else EngineDeadError(f"a group of {self.model_id} did not answer")
+            for answer in answers
+        ]
+
 
 async def snapshots_of(handle: DeploymentHandle[Any]) -> list[EngineSnapshot]:
     """Snapshots of all groups behind `handle` that answer in time."""
@@ -95,10 +108,17 @@ async def snapshots_of(handle: DeploymentHandle[Any]) -> list[EngineSnapshot]:
 
 
 async def _answers(handle: DeploymentHandle[Any], method: str, kind: type[T]) -> list[T]:
+    return [answer for answer in await _broadcast(handle, _ANSWER_S, method) if isinstance(answer, kind)]
+
+
+async def _broadcast(
+    handle: DeploymentHandle[Any], timeout_s: float, method: str, *arguments: object
+) -> Sequence[Any]:
+    """What each group answers, errors included; nothing if one of them takes longer than `timeout_s`."""
     # A broadcast passes by the queue that a plain call would wait in behind the requests.
-    response = handle.broadcast(method)
+    response = handle.broadcast(method, *arguments)
     try:
-        answers = await response.results_async(timeout_s=_ANSWER_S, return_exceptions=True)
+        answers: Sequence[Any] = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
     except (TimeoutError, DeploymentUnavailableError):  # the latter while no group is up yet
         return []
-    return [answer for answer in answers if isinstance(answer, kind)]
+    return answers

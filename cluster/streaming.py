@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from cluster.tokenizer import Tokenizer
+from engine.errors import BallonetError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
 
 
@@ -47,6 +48,11 @@ class ServedModel(Protocol):
 
     async def snapshot(self) -> list[EngineSnapshot]:
         """The newest snapshot of each engine."""
+
+    async def trim(self, drop_cache: bool) -> list[int | BallonetError]:
+        """Have each engine give the memory it does not use back to its device, with `drop_cache` that of
+        cached prefixes too; the bytes that each gave, or why it did not.
+        """
 
 
 class RequestObserver(Protocol):

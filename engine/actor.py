@@ -105,6 +105,20 @@ class EngineActor:
         """The engine's state after its newest step."""
         return (await self._ready()).snapshot
 
+    async def trim(self, drop_cache: bool = False) -> int:
+        """Give the memory of free chunks back to the device, with `drop_cache` that of cached prefixes too;
+        the bytes given back. Done at the top of the next step; chunks are made again when they are needed.
+
+        Raises:
+            EngineDeadError: the loop has ended.
+        """
+        engine = await self._ready()
+        try:
+            return await asyncio.wrap_future(engine.trim(drop_cache))
+        except asyncio.CancelledError:
+            engine.check_alive()  # a loop that has ended cancels the orders it did not come to
+            raise
+
     async def check_health(self) -> None:
         """Raise EngineDeadError if the step loop has ended, whatever else still answers."""
         if self._failure is not None:

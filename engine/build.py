@@ -18,7 +18,9 @@ from tqdm import tqdm
 from engine.config import MIB, EngineConfig, MemoryConfig, SchedulerConfig
 from engine.core import Engine, Publish
 from engine.errors import ConfigError
+from engine.footprint import Footprint
 from engine.memory.arena import BufferSpec, activation_bytes
+from engine.memory.blocks import TokenChain
 from engine.memory.host_vmm import HostVirtualMemory, available_bytes
 from engine.memory.kv_cache import KvGeometry
 from engine.memory.pool import MemoryPool
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 _CPU_POOL_BYTES = 1024 * MIB
 _CPU_CHUNK_BYTES = MIB // 2
 _GPU_CHUNK_BYTES = 2 * MIB
+_GRAPH_BYTES = 512 * MIB  # set aside until they are measured; 90 graphs of an 8B model hold 202 MiB (H100)
+_SLOTS_PER_SEQUENCE = 4  # addresses only: finished conversations keep theirs while their KV is cached
 _SMALLEST_PIECE = 16  # tokens; an elastic engine cuts a prompt this small before it gives up
 
 
@@ -51,38 +55,68 @@ def build_engine(
     """
     started, limits = clock(), config.scheduler
     facts = read_model(config)
+    footprint = Footprint(facts.device)
     geometry = _geometry(facts, config.memory)
     with ThreadPoolExecutor(1) as beside:
         compiled = beside.submit(compile_kernels, facts, geometry)
         model = load_model(config, facts)
         compiled.result()
     specs = activation_specs(facts.config, facts.dtype, facts.kernels)
-    vm, total = make_driver(facts.device, geometry.chunk_bytes, config.memory)
-    max_model_len = _fit_model_len(config, facts.config.max_context, geometry, specs, total)
+    eos_token_ids = facts.config.eos_token_ids
+    sampler = Sampler(
+        facts.config.vocab_size, eos_token_ids, facts.device, limits.max_num_seqs, facts.kernels
+    )
     shapes = _graph_shapes(config, model)
-    pool = MemoryPool(
+    vm, total = make_driver(facts.device, geometry.chunk_bytes, config.memory, _GRAPH_BYTES if shapes else 0)
+    max_model_len = _fit_model_len(config, facts.config.max_context, geometry, specs, total)
+    pool = _make_pool(config, facts, vm, total, geometry, specs, max_model_len, shapes)
+    scheduler = Scheduler(limits, pool, max_model_len, eos_token_ids)
+    runner = _runner(model, pool, sampler, limits)
+    _warm_up(pool, runner, sampler)
+    graph_bytes = footprint.bytes_of(
+        lambda: _capture_graphs(pool, runner, shapes, facts.device, clock), lambda: pool.created_bytes
+    )
+    _settle_budget(pool, config.memory, facts.device)
+    footprint.started(model.weight_bytes, graph_bytes, pool.created_bytes)
+    pool_bytes = pool.chunks.total * geometry.chunk_bytes
+    info = _describe(config, model, geometry, max_model_len, pool_bytes, clock() - started)
+    steps_ahead = 1 if facts.device.type == "cuda" else 0
+    return Engine(config, info, pool, scheduler, runner, sampler, publish, clock, steps_ahead, footprint)
+
+
+def _make_pool(
+    config: EngineConfig,
+    facts: ModelFacts,
+    vm: VirtualMemory,
+    total: int,
+    geometry: KvGeometry,
+    specs: Specs[BufferSpec],
+    max_model_len: int,
+    shapes: Specs[GraphShape],
+) -> MemoryPool:
+    memory, limits = config.memory, config.scheduler
+    return MemoryPool(
         vm,
         total,
-        config.memory.mode,
+        memory.mode,
         geometry,
         specs,
         limits.max_num_seqs,
         max_model_len,
-        limits.max_num_batched_tokens,
+        limits.largest_step,
         facts.dtype,
         [shape.decodes for shape in reversed(shapes) if not shape.pieces],
+        limits.max_num_seqs * (_SLOTS_PER_SEQUENCE if memory.enable_prefix_caching else 1),
+        memory.enable_prefix_caching,
     )
-    eos_token_ids = facts.config.eos_token_ids
-    scheduler = Scheduler(limits, pool, max_model_len, eos_token_ids)
-    sampler = Sampler(
-        facts.config.vocab_size, eos_token_ids, facts.device, limits.max_num_seqs, facts.kernels
-    )
-    runner = _runner(model, pool, sampler, limits)
-    _warm_up(pool, runner, sampler)
-    _capture_graphs(pool, runner, shapes, facts.device, clock)
-    info = _describe(config, model, geometry, max_model_len, total * geometry.chunk_bytes, clock() - started)
-    steps_ahead = 1 if facts.device.type == "cuda" else 0
-    return Engine(config, info, pool, scheduler, runner, sampler, publish, clock, steps_ahead)
+
+
+def _settle_budget(pool: MemoryPool, memory: MemoryConfig, device: torch.device) -> None:
+    """Now that weights, tables and graphs are there, take as the budget what is really free."""
+    if device.type == "cuda" and memory.pool_bytes is None:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        pool.resize(pool.created_bytes + free - memory.margin_bytes)
 
 
 def _runner(model: LoadedModel, pool: MemoryPool, sampler: Sampler, limits: SchedulerConfig) -> ModelRunner:
@@ -92,7 +126,7 @@ def _runner(model: LoadedModel, pool: MemoryPool, sampler: Sampler, limits: Sche
         pool.kv,
         model.facts.device,
         sampler.last_tokens,
-        limits.max_num_batched_tokens,
+        limits.largest_step,
         limits.max_num_seqs,
     )
 
@@ -129,17 +163,19 @@ def _describe(
 
 def _warm_up(pool: MemoryPool, runner: ModelRunner, sampler: Sampler) -> None:
     """Run a prefill and a decode, so that no client waits for what happens once."""
-    slot = pool.open_slot(3)
-    if slot is None:
+    chain = TokenChain("", pool.kv.geometry.tokens_per_chunk)
+    opened = pool.open_slot(None, chain, 3)
+    if opened is None:
         return
+    slot = opened.slot
     params = SamplingParams(max_tokens=2, top_p=0.9)
     for start, tokens in ((0, (0, 0)), (2, (0,))):
         if pool.reserve([(slot, start + len(tokens))], len(tokens), 1):
-            piece = Piece("warm-up", slot, start, tokens, samples=True)
+            piece = Piece("warm-up", slot, 0, start, tokens, samples=True)
             logits = runner.run(StepPlan(0, (piece,), num_decodes=int(len(tokens) == 1)))
-            sampler.launch(logits, [SampleRow(slot, params, 0, 0, ((0,), ()))]).wait()
+            sampler.launch(logits, [SampleRow(0, params, 0, 0, ((0,), ()))]).wait()
     runner.synchronize()
-    pool.close_slot(slot)
+    pool.close_slot(slot, chain, ())
 
 
 def _capture_graphs(
@@ -154,33 +190,35 @@ def _capture_graphs(
     fitting = [shape for shape in shapes if pool.fits_step(shape.tokens, shape.rows)]
     if not fitting or not all(pool.reserve([], shape.tokens, shape.rows) for shape in fitting):
         return
-    free, _ = torch.cuda.mem_get_info(device)
     progress = tqdm(fitting, desc="capturing CUDA graphs", unit="graph", disable=None)
     runner.capture(progress, cuda_graph_recorder(device))
-    used = free - torch.cuda.mem_get_info(device)[0]
-    logger.info(
-        "captured %d CUDA graphs in %.1f s; they hold %.0f MiB", len(fitting), clock() - started, used / MIB
-    )
+    pool.keep_backed(max(shape.tokens for shape in fitting), max(shape.rows for shape in fitting))
+    logger.info("captured %d CUDA graphs in %.1f s", len(fitting), clock() - started)
 
 
-def make_driver(device: torch.device, chunk_bytes: int, memory: MemoryConfig) -> tuple[VirtualMemory, int]:
+def make_driver(
+    device: torch.device, chunk_bytes: int, memory: MemoryConfig, graph_bytes: int = 0
+) -> tuple[VirtualMemory, int]:
     """The device's driver, and the pool's budget in chunks.
 
     On a GPU the budget is what is free now, after the weights, less a stated margin: no fraction of
     the card is guessed, and another process on it is simply not counted.
+
+    Args:
+        graph_bytes: what CUDA graphs may take afterwards; measured once they are there.
     """
     if device.type == "cuda":
         from engine.memory.cuda_vmm import CudaVirtualMemory  # a CPU machine may lack the CUDA driver
 
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        nbytes = memory.pool_bytes or free - memory.margin_bytes
+        nbytes = memory.pool_bytes or free - memory.margin_bytes - graph_bytes
         if nbytes > free:
             raise ConfigError(
                 f"memory.pool_bytes is {nbytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
                 f"{device} after the weights: lower it, or leave it out to have it measured"
             )
-        return CudaVirtualMemory(device, chunk_bytes), max(0, nbytes) // chunk_bytes
+        return CudaVirtualMemory(device, chunk_bytes, memory.margin_bytes), max(0, nbytes) // chunk_bytes
     nbytes = memory.pool_bytes or _CPU_POOL_BYTES
     if nbytes > available_bytes():
         raise ConfigError(
@@ -208,7 +246,7 @@ def _fit_model_len(
 ) -> int:
     """The longest sequence: what was asked for if it fits, else as long as model and pool allow."""
     limits = config.scheduler
-    step = (limits.max_num_batched_tokens, limits.max_num_seqs)
+    step = (limits.largest_step, limits.max_num_seqs)
     if config.memory.mode == "elastic":
         step = (_SMALLEST_PIECE, 1)
     activations = max(1, -(-activation_bytes(specs, *step) // geometry.chunk_bytes))

@@ -18,13 +18,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, OverloadedError, RequestError
+from engine.memory.blocks import TokenChain
 from engine.memory.pool import MemoryPool
 from engine.messages import (
     EngineInfo,
@@ -34,39 +35,26 @@ from engine.messages import (
     TokenDelta,
 )
 from engine.model.sampler import Sampled, SampleRow
+from engine.parts import OutsideMemory, PendingTokens, Runner, TokenSampler
+from engine.requests import check_request
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
 
 logger = logging.getLogger(__name__)
 
 _ASK_AGAIN_STEPS = 256  # a few seconds: another process may have given device memory back
+_MAP_TRIES = 3
 _LONGEST_GAP_S = 5.0  # between finished requests; a longer one was idle time, not load
 
 Publish = Callable[[Sequence[TokenDelta]], None]
 
 
-class Runner(Protocol):
-    """Computes a plan's logits; `engine.model.runner.ModelRunner` is the real one."""
+@dataclass(frozen=True, slots=True)
+class _Trim:
+    """An order to give memory back."""
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        """Start a step. Logits (rows that sample, or more, vocabulary)."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished everything that `run` started."""
-
-
-class PendingTokens(Protocol):
-    """Tokens on their way from the device."""
-
-    def wait(self) -> list[Sampled]:
-        """One result a row, once the device has finished the step."""
-
-
-class TokenSampler(Protocol):
-    """Chooses tokens; `engine.model.sampler.Sampler` is the real one."""
-
-    def launch(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> PendingTokens:
-        """Start choosing a token for each row; does not wait for the device. There may be no rows."""
+    drops_cache: bool
+    freed: Future[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +81,7 @@ class Engine:
         clock: seconds that never go back.
         steps_ahead: steps to launch before the tokens of a running one have been read: 1 keeps a GPU
             busy; 0 where the host computes the step itself.
+        outside: knows what of the device's memory is not the pool's.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of an engine, made elsewhere
@@ -106,6 +95,7 @@ class Engine:
         publish: Publish,
         clock: Callable[[], float] = time.monotonic,
         steps_ahead: int = 0,
+        outside: OutsideMemory | None = None,
     ) -> None:
         self.info = info
         self._config = config
@@ -117,7 +107,8 @@ class Engine:
         self._clock = clock
         self._steps_ahead = steps_ahead
         self._in_flight: deque[_Launched] = deque()
-        self._inbox: deque[GenerateRequest | str] = deque()
+        self._outside = outside
+        self._inbox: deque[GenerateRequest | str | _Trim] = deque()
         self._wake = threading.Event()
         self._door = threading.Lock()  # nobody may slip in while the loop says goodbye to the rest
         self._open: set[str] = set()  # submitted and not ended; both threads change it, behind the door
@@ -125,6 +116,7 @@ class Engine:
         self._last_step_s = 0.0
         self._request_s = 1.0  # recent seconds between two finished requests, smoothed
         self._last_finish_s = clock()
+        self._last_busy_s: float | None = clock()  # None once idle memory has been given back
         self._death: BaseException | None = None
         self.snapshot = self._take_snapshot()
 
@@ -136,7 +128,7 @@ class Engine:
             OverloadedError: the queue is full.
             EngineDeadError: the loop has ended.
         """
-        _check(request, self.info)
+        check_request(request, self.info)
         with self._door:
             self.check_alive()
             limits = self._config.scheduler
@@ -157,6 +149,21 @@ class Engine:
         self._inbox.append(request_id)
         self._wake.set()
 
+    def trim(self, drop_cache: bool = False) -> Future[int]:
+        """Give free memory back to the device at the top of the next step; the bytes it was.
+
+        Args:
+            drop_cache: KV that no sequence reads is given up first.
+
+        The future is cancelled if the loop ends before.
+        """
+        order = _Trim(drop_cache, Future())
+        with self._door:
+            self.check_alive()
+            self._inbox.append(order)
+        self._wake.set()
+        return order.freed
+
     def check_alive(self) -> None:
         """Raise EngineDeadError, with the cause, once the loop has ended."""
         if self._death is not None:
@@ -173,6 +180,7 @@ class Engine:
             while not stop.is_set():
                 if not self.step():
                     self._pool.check()
+                    self._trim_if_idle_for_long()
                     self._wake.wait(timeout=0.5)
                 self._wake.clear()
         except Exception as error:
@@ -185,6 +193,8 @@ class Engine:
                 order = self._inbox.popleft()
                 if isinstance(order, GenerateRequest):
                     lost.append(order.request_id)
+                elif isinstance(order, _Trim):
+                    order.freed.cancel()
         self._publish([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost])
 
     def step(self) -> bool:
@@ -196,13 +206,31 @@ class Engine:
         plan = self._schedule_and_reserve()
         if plan is not None:
             self._launch(plan)
+            ahead = self._config.memory.map_ahead_tokens
+            if ahead:
+                self._pool.map_ahead(self._scheduler.upcoming(ahead))
         elif not self._in_flight:
             self.snapshot = self._take_snapshot()
             return busy
         self._complete_all(but=self._steps_ahead if plan is not None else 0)
-        self._last_step_s = self._clock() - started
+        self._last_busy_s = self._clock()
+        self._last_step_s = self._last_busy_s - started
         self.snapshot = self._take_snapshot()
         return True
+
+    def _trim_if_idle_for_long(self) -> None:
+        limit, since = self._config.memory.trim_after_s, self._last_busy_s
+        if limit is not None and since is not None and self._clock() - since >= limit:
+            self._last_busy_s = None
+            self._give_back(drops_cache=False)
+            self.snapshot = self._take_snapshot()
+
+    def _give_back(self, drops_cache: bool) -> int:
+        freed = self._pool.trim(drops_cache)
+        if self._outside is not None:
+            self._outside.release_unused()
+        logger.info("gave %.1f MiB back to the device", freed / 2**20)
+        return freed
 
     def _apply_orders(self) -> bool:
         """Take in submitted and cancelled requests; whether there were any."""
@@ -210,26 +238,39 @@ class Engine:
         while self._inbox:
             order = self._inbox.popleft()
             if isinstance(order, GenerateRequest):
-                seed = order.sampling.seed
-                self._scheduler.add(
-                    EngineSequence(order, secrets.randbits(63) if seed is None else seed, self._clock())
-                )
+                self._scheduler.add(self._new_sequence(order))
+            elif isinstance(order, _Trim):
+                if order.freed.set_running_or_notify_cancel():
+                    freed = self._give_back(order.drops_cache)
+                    self.snapshot = self._take_snapshot()  # whoever waits for it looks there next
+                    order.freed.set_result(freed)
             elif (seq := self._scheduler.get(order)) is not None:
                 self._publish_all([self._scheduler.finish(seq, "cancelled")])
         return busy
+
+    def _new_sequence(self, request: GenerateRequest) -> EngineSequence:
+        seed = request.sampling.seed
+        chain = TokenChain(request.cache_salt, self._pool.kv.geometry.tokens_per_chunk)
+        return EngineSequence(request, secrets.randbits(63) if seed is None else seed, self._clock(), chain)
 
     def _schedule_and_reserve(self) -> StepPlan | None:
         """The next plan with everything it needs in place.
 
         The draft only counted chunks; the driver may still refuse. If it will not make a chunk the
         pool is smaller from now on, and the step is drafted again for what is left. If it will not map
-        one, the newest sequence of the step fails, and only it; so does one that cannot go on alone.
+        one, even when asked again, the newest sequence of the step fails, and only it; so does one that
+        cannot go on alone, once the driver has been asked again for what it did not make.
         """
+        has_asked, num_refused = False, 0
         while True:
             scheduled = self._scheduler.schedule()
             if scheduled is None:
                 if not self._is_stuck():
                     return None
+                if not has_asked and self._pool.chunks.num_refused:
+                    has_asked = True
+                    self._pool.chunks.ask_again()
+                    continue
                 oldest = min(self._scheduler.unfinished(), key=lambda seq: (seq.arrival_s, seq.request_id))
                 self._fail(oldest, "the memory pool cannot hold this sequence")
                 continue
@@ -241,8 +282,10 @@ class Engine:
             if self._in_flight:
                 self._complete_all(but=0)  # what they read is counted as room, and can be had once they end
             elif self._pool.chunks.total == total:
-                newest = self._scheduler.latest([piece.request_id for piece in plan.pieces])
-                self._fail(newest, "the device refused to map memory")
+                num_refused += 1
+                if num_refused % _MAP_TRIES == 0:
+                    newest = self._scheduler.latest([piece.request_id for piece in plan.pieces])
+                    self._fail(newest, "the device refused to map memory")
 
     def _is_stuck(self) -> bool:
         """Whether somebody waits although nothing runs that could free memory for them."""
@@ -313,7 +356,7 @@ class Engine:
         self._publish(deltas)
 
     def _take_snapshot(self) -> EngineSnapshot:
-        scheduler = self._scheduler
+        scheduler, memory = self._scheduler, self._pool.snapshot()
         return EngineSnapshot(
             model_id=self.info.model_id,
             monotonic_s=self._clock(),
@@ -325,41 +368,16 @@ class Engine:
             generated_tokens=scheduler.generated_tokens,
             finished=tuple(scheduler.finished.items()),
             last_step_s=self._last_step_s,
-            memory=self._pool.snapshot(),
+            memory=self._outside.describe(memory) if self._outside else memory,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
         )
 
 
 def _sample_row(seq: EngineSequence) -> SampleRow:
-    if seq.slot is None:
-        raise ValueError(f"sequence {seq.request_id} is in a step and holds no slot")
     history = (seq.prompt_token_ids, tuple(seq.output_token_ids)) if seq.is_new_to_slot else None
-    return SampleRow(seq.slot, seq.sampling, seq.seed, seq.num_outputs, history)
+    return SampleRow(seq.seat, seq.sampling, seq.seed, seq.num_outputs, history)
 
 
 def _failed(request_id: str, message: str) -> TokenDelta:
     return TokenDelta(request_id, (), finish_reason="error", error=message)
-
-
-def _check(request: GenerateRequest, info: EngineInfo) -> None:
-    """Refuse what the model cannot do, before anything is queued."""
-    prompt, sampling = request.prompt_token_ids, request.sampling
-    if not prompt:
-        raise RequestError("the prompt is empty", "prompt")
-    if not all(0 <= token < info.vocab_size for token in prompt):
-        raise RequestError(f"the prompt has a token outside the vocabulary of {info.vocab_size}", "prompt")
-    if len(prompt) + sampling.max_tokens > info.max_model_len:
-        raise RequestError(
-            f"this model's maximum context length is {info.max_model_len} tokens, and {len(prompt)} of "
-            f"prompt and {sampling.max_tokens} of output were asked for",
-            "max_tokens" if len(prompt) < info.max_model_len else "prompt",
-            "context_length_exceeded",
-        )
-    for param, tokens in (
-        ("logit_bias", [token for token, _ in sampling.logit_bias]),
-        ("stop_token_ids", sampling.stop_token_ids),
-    ):
-        outside = [token for token in tokens if not 0 <= token < info.vocab_size]
-        if outside:
-            raise RequestError(
-                f"{param} names token {outside[0]}, and the vocabulary has {info.vocab_size}", param
-            )

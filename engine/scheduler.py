@@ -1,10 +1,11 @@
 """Which tokens the next step computes, and who has to wait. Owns the queues; owns no memory.
 
 Continuous batching with chunked prefill, first come first served. A step is drafted against the
-free chunks: running sequences first, one token each, then prefills in order of arrival, cut to what
-tokens and memory allow, then new requests. When a running sequence cannot grow, the sequence that
-arrived last gives its KV up and is computed again later; what it has already said stays said. So the
-oldest sequence always makes progress, and with it everybody in turn.
+memory there is: running sequences first, one token each, then prefills in order of arrival, cut to what
+tokens and memory allow, then new requests, which start behind whatever of their prompt is there. When a
+running sequence cannot grow, the sequence that arrived last gives its KV up and is computed again later;
+what it has already said stays said. So the oldest sequence always makes progress, and with it everybody
+in turn.
 """
 
 from __future__ import annotations
@@ -14,61 +15,12 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from engine.config import SchedulerConfig
+from engine.draft import Draft
 from engine.memory.pool import MemoryPool
 from engine.messages import FinishReason, Piece, StepPlan, TokenDelta, TokenLogprobs
 from engine.sequence import Sequence, State
 
-
-class Draft:
-    """A step being put together: what it holds so far, and whether one more piece fits."""
-
-    def __init__(self, pool: MemoryPool, max_tokens: int) -> None:
-        self._pool = pool
-        self._max_tokens = max_tokens
-        self.pieces: list[tuple[Sequence, int, bool]] = []
-        self.num_tokens = 0
-        self._num_rows = 0
-        self._kv_chunks = 0
-
-    @property
-    def growth(self) -> list[tuple[int, int]]:
-        """(slot, tokens after the step) of every sequence in the draft."""
-        return [(_slot(seq), seq.num_computed + count) for seq, count, _ in self.pieces]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Tokens and rows of logits."""
-        return self.num_tokens, self._num_rows
-
-    def room(self, extra_tokens: int = 0) -> int:
-        """Chunks left for KV if the step had that many tokens more."""
-        return self._pool.room_for_kv(self.num_tokens + extra_tokens, self._num_rows + 1) - self._kv_chunks
-
-    def try_add(self, seq: Sequence, count: int) -> bool:
-        """Add the sequence's next `count` tokens if tokens and memory allow."""
-        chunks = self._pool.chunks_to_grow(_slot(seq), seq.num_computed + count)
-        if self.num_tokens + count > self._max_tokens or chunks > self.room(count):
-            return False
-        samples = seq.num_computed + count == seq.num_tokens
-        self.pieces.append((seq, count, samples))
-        self.num_tokens += count
-        self._num_rows += samples
-        self._kv_chunks += chunks
-        return True
-
-    def try_add_decodes(self, sequences: list[Sequence]) -> bool:
-        """Add the next token of all these running sequences to an empty draft, or of none.
-
-        The same as `try_add` of each, which nearly always succeeds, at a tenth of its time.
-        """
-        count = len(sequences)
-        chunks = self._pool.kv.num_missing([(_slot(seq), seq.num_computed + 1) for seq in sequences])
-        if count > self._max_tokens or chunks > self._pool.room_for_kv(count, count):
-            return False
-        self.pieces = [(seq, 1, True) for seq in sequences]
-        self.num_tokens = self._num_rows = count
-        self._kv_chunks = chunks
-        return True
+_NO_DRAFT = -1
 
 
 class Scheduler:
@@ -91,10 +43,14 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._active: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
+        self._free_seats = list(range(config.max_num_seqs))[::-1]
+        self._num_drafts = 0
         self._num_steps = 0
         self.num_preemptions = 0
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
         self.finished: Counter[FinishReason] = Counter()
 
     @property
@@ -110,7 +66,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new request."""
         self._by_id[seq.request_id] = seq
-        insort(self._waiting, seq, key=_age)
+        self._wait(seq)
 
     def get(self, request_id: str) -> Sequence | None:
         """The unfinished sequence of that request."""
@@ -126,7 +82,10 @@ class Scheduler:
 
         Side effects: preempts sequences, opens slots for admitted ones. Backs no memory.
         """
-        draft = Draft(self._pool, self._config.max_num_batched_tokens)
+        self._num_drafts += 1
+        draft = Draft(
+            self._num_drafts, self._pool, self._config.max_num_batched_tokens, self._config.largest_step
+        )
         is_short = self._add_running(draft)
         self._add_prefilling(draft)
         if not is_short:
@@ -144,10 +103,15 @@ class Scheduler:
 
         The next step may be scheduled on top of it before the host has read a single token.
         """
-        sampling = []
+        sampling, per_block = [], self._pool.kv.geometry.tokens_per_chunk
         for piece in plan.pieces:
             seq = self._by_id[piece.request_id]
             seq.num_computed += len(piece.token_ids)
+            if seq.num_computed // per_block > piece.start // per_block:
+                self._pool.prefixes.computed(piece.slot, seq.num_computed)
+            if seq.copy is not None:
+                self._pool.prefixes.copied(piece.slot)
+                seq.copy = None
             if piece.samples:
                 seq.num_in_flight += 1
                 seq.is_new_to_slot = False
@@ -168,23 +132,37 @@ class Scheduler:
 
     def finish(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> TokenDelta:
         """End a sequence now, whatever its state, and take its memory back."""
-        self._remove(seq)
+        self._remove(seq, reason)
         self.finished[reason] += 1
         return TokenDelta(
-            seq.request_id, (), finish_reason=reason, error=error, num_preemptions=seq.num_preemptions
+            seq.request_id,
+            (),
+            finish_reason=reason,
+            error=error,
+            num_preemptions=seq.num_preemptions,
+            num_cached_tokens=seq.num_cached_tokens,
         )
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a sequence's KV; it waits again, at the place its arrival gives it."""
-        self._release(seq)
-        seq.move(State.WAITING)
-        seq.num_preemptions += 1
-        self.num_preemptions += 1
-        insort(self._waiting, seq, key=_age)
+        """Take a sequence's KV; it waits again, at the place its arrival gives it.
+
+        What it has computed is kept until somebody needs the memory.
+        """
+        self._restart(seq)
 
     def latest(self, request_ids: Collection[str]) -> Sequence:
         """The one of these sequences that arrived last."""
         return max((self._by_id[request_id] for request_id in request_ids), key=_age)
+
+    def upcoming(self, num_tokens: int) -> Iterator[tuple[int, int]]:
+        """(slot, tokens it will hold) of sequences that will outgrow what is backed within so many tokens."""
+        kv, per_block = self._pool.kv, self._pool.kv.geometry.tokens_per_chunk
+        for seq in self._active:
+            end = min(seq.num_computed + num_tokens, seq.longest(self._max_model_len))
+            if seq.state is State.PREFILLING:
+                end = min(seq.num_tokens, seq.num_computed + self._config.max_num_batched_tokens)
+            if end > kv.end(seq.held_slot) * per_block:
+                yield seq.held_slot, end
 
     def _add_running(self, draft: Draft) -> bool:
         """One token for every running sequence; whether memory was too short for all of them."""
@@ -204,41 +182,48 @@ class Scheduler:
 
     def _add_prefilling(self, draft: Draft) -> None:
         for seq in self._active:
-            if seq.state is State.PREFILLING:
+            if seq.state is State.PREFILLING and self._pool.prefixes.is_readable(seq.held_slot, draft.number):
                 self._add_piece(draft, seq)
 
     def _add_piece(self, draft: Draft, seq: Sequence) -> bool:
         """As many of the sequence's next tokens as fit."""
-        limit = self._config.prefill_piece_tokens or self._config.max_num_batched_tokens
-        left = self._config.max_num_batched_tokens - draft.num_tokens
-        for count in _halvings(min(seq.num_tokens - seq.num_computed, left, limit)):
+        limit = self._config.prefill_piece_tokens or self._config.largest_step
+        for count in _halvings(min(seq.num_tokens - seq.num_computed, draft.tokens_left, limit)):
             if draft.try_add(seq, count):
                 return True
         return False
 
     def _admit(self, draft: Draft) -> None:
         """Start waiting requests while the whole of what they know fits beside the draft."""
-        watermark = max(self._pool.kv.geometry.num_groups, self._pool.chunks.total // 100)
-        while (
-            self._waiting
-            and self._pool.num_free_slots
-            and draft.num_tokens < self._config.max_num_batched_tokens
-        ):
+        while self._waiting and self._free_seats and self._pool.num_free_slots and draft.tokens_left > 0:
             seq = self._waiting[0]
             if seq.num_in_flight:  # preempted a moment ago, and what to compute again is not known yet
                 return
-            need = self._pool.kv.geometry.chunks_for(min(seq.num_tokens + 1, self._max_model_len))
-            if need + (watermark if self._active else 0) > draft.room(1) - self._promised(draft):
+            if not self._try_open(seq, draft) or not self._add_piece(draft, seq):
                 return
-            slot = self._pool.open_slot(seq.num_tokens + 1)
-            if slot is None:
-                return
-            del self._waiting[0]
-            seq.slot = slot
-            seq.move(State.PREFILLING)
-            insort(self._active, seq, key=_age)
-            if not self._add_piece(draft, seq):
-                return
+
+    def _try_open(self, seq: Sequence, draft: Draft) -> bool:
+        """Give the first waiting sequence a slot, if memory allows and nothing better is coming."""
+        pool, prefixes, length = self._pool, self._pool.prefixes, seq.num_tokens
+        self._hash(seq, length)
+        match = pool.match(seq.chain, seq.tokens, length, draft.number)
+        if prefixes.must_wait(seq.chain, match, length, draft.number):
+            return False
+        need = pool.chunks_to_open(match, min(length + 1, self._max_model_len))
+        watermark = max(pool.kv.geometry.num_groups, pool.chunks.total // 100) if self._active else 0
+        if need and need + watermark > draft.room(1) - self._promised(draft):
+            return False
+        opened = pool.open_slot(match, seq.chain, length)
+        if opened is None:
+            return False
+        self._unwait(seq)
+        seq.open(opened, self._free_seats.pop())
+        seq.move(State.PREFILLING)
+        insort(self._active, seq, key=_age)
+        if not seq.num_preemptions:
+            self.prefix_queries += length
+            self.prefix_hits += opened.num_tokens
+        return True
 
     def _promised(self, draft: Draft) -> int:
         """Chunks that admitted prompts still lack, beyond what this draft gives them."""
@@ -246,9 +231,9 @@ class Scheduler:
         total = 0
         for seq in self._active:
             if seq.state is State.PREFILLING:
-                whole = self._pool.chunks_to_grow(_slot(seq), seq.num_tokens)
+                whole = self._pool.chunks_to_grow(seq.held_slot, seq.num_tokens)
                 total += whole - self._pool.chunks_to_grow(
-                    _slot(seq), seq.num_computed + planned.get(id(seq), 0)
+                    seq.held_slot, seq.num_computed + planned.get(id(seq), 0)
                 )
         return total
 
@@ -257,14 +242,18 @@ class Scheduler:
         pieces = tuple(
             Piece(
                 seq.request_id,
-                _slot(seq),
+                seq.held_slot,
+                seq.seat,
                 seq.num_computed,
                 seq.next_tokens(count),
                 samples,
+                seq.shared_slot,
+                seq.shared_tokens,
             )
             for seq, count, samples in ordered
         )
-        return StepPlan(self._num_steps, pieces, sum(count == 1 for _, count, _ in ordered))
+        copies = tuple(seq.copy for seq, _, _ in ordered if seq.copy is not None)
+        return StepPlan(self._num_steps, pieces, sum(count == 1 for _, count, _ in ordered), copies)
 
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenDelta:
         if not seq.output_token_ids:
@@ -273,17 +262,21 @@ class Scheduler:
         self.generated_tokens += 1
         reason = self._finish_reason(seq, token)
         if reason:
-            self._remove(seq)
+            self._remove(seq, reason)
             self.finished[reason] += 1
+        elif seq.slot is not None and seq.num_known % self._pool.kv.geometry.tokens_per_chunk == 1:
+            self._hash(seq, seq.num_known - 1)
+            self._pool.prefixes.known(seq.slot, seq.chain)
         entries = (logprobs,) if logprobs else ()
-        return TokenDelta(seq.request_id, (token,), entries, reason, num_preemptions=seq.num_preemptions)
+        return TokenDelta(
+            seq.request_id, (token,), entries, reason, None, seq.num_preemptions, seq.num_cached_tokens
+        )
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
         sampling = seq.sampling
         if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             return "stop"
-        num_known = seq.num_tokens - seq.num_in_flight
-        if len(seq.output_token_ids) >= sampling.max_tokens or num_known >= self._max_model_len:
+        if len(seq.output_token_ids) >= sampling.max_tokens or seq.num_known >= self._max_model_len:
             return "length"
         return None
 
@@ -295,30 +288,57 @@ class Scheduler:
         """Whether the tokens in flight are its last ones, whatever they turn out to be."""
         return seq.num_outputs >= seq.sampling.max_tokens or seq.num_tokens >= self._max_model_len
 
-    def _remove(self, seq: Sequence) -> None:
+    def _wait(self, seq: Sequence) -> None:
+        insort(self._waiting, seq, key=_age)
+        self._hash(seq, seq.num_known)
+        match = self._pool.match(seq.chain, seq.tokens, seq.num_known, _NO_DRAFT)
+        if match is not None:
+            seq.wants = match.slot
+            self._pool.prefixes.want(match.slot, seq.request_id, _age(seq))
+
+    def _unwait(self, seq: Sequence) -> None:
+        self._waiting.remove(seq)
+        if seq.wants is not None:
+            self._pool.prefixes.unwant(seq.wants, seq.request_id)
+            seq.wants = None
+
+    def _hash(self, seq: Sequence, num_tokens: int) -> None:
+        if self._pool.prefixes.is_enabled:
+            seq.chain.extend(seq.tokens, num_tokens)
+
+    def _remove(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.slot is None:
-            self._waiting.remove(seq)
+            self._unwait(seq)
         else:
-            self._release(seq)
+            self._release(seq, is_sound=reason != "error")
         seq.move(State.FINISHED)
         del self._by_id[seq.request_id]
 
-    def _release(self, seq: Sequence) -> None:
+    def _restart(self, seq: Sequence) -> None:
+        self._release(seq)
+        seq.move(State.WAITING)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self._wait(seq)
+
+    def _release(self, seq: Sequence, is_sound: bool = True) -> None:
+        """Take a sequence's slot. What it computed stays there, unless that may be what made it fail."""
+        slot, prefixes, num_kept = seq.held_slot, self._pool.prefixes, seq.num_known_computed
+        for reader in prefixes.orphans(slot, num_kept):
+            self._restart(next(one for one in self._active if one.slot == reader))
+        if not prefixes.is_readable(slot, _NO_DRAFT):
+            num_kept = 0  # an orphan: what it was to read will not be computed
+        elif not is_sound:
+            num_kept = min(num_kept, prefixes.distrust(slot))
         self._active.remove(seq)
-        self._pool.close_slot(_slot(seq))
-        seq.slot = None
-        seq.num_computed = 0
-        seq.is_new_to_slot = True
+        self._hash(seq, num_kept)
+        self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
+        self._free_seats.append(seq.seat)
+        seq.leave()
 
 
 def _age(seq: Sequence) -> tuple[float, str]:
     return seq.arrival_s, seq.request_id
-
-
-def _slot(seq: Sequence) -> int:
-    if seq.slot is None:
-        raise ValueError(f"sequence {seq.request_id} holds no slot")
-    return seq.slot
 
 
 def _halvings(count: int) -> Iterator[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from engine.messages import PENDING_TOKEN, GenerateRequest, SamplingParams
+from engine.memory.blocks import Opened, TokenChain
+from engine.messages import PENDING_TOKEN, BlockCopy, GenerateRequest, SamplingParams
 
 
 class State(Enum):
@@ -32,8 +33,14 @@ class Sequence:
     Attributes:
         seed: of its random draws; fixed at birth, so that a preempted sequence repeats itself.
         arrival_s: the engine's clock at submission.
+        chain: hashes of its blocks, as far as they have been needed.
         slot: its KV slot while it has one.
-        num_computed: tokens whose KV is in the slot once every launched step has finished.
+        seat: its place in the sampler's tables, while it has a slot.
+        shared_slot, shared_tokens: its first `shared_tokens` tokens are read through that slot.
+        copy: of a block that agrees in part, to be made with its first step.
+        wants: while it waits, a slot that holds its beginning.
+        num_cached_tokens: tokens of the prompt that were there when it started.
+        num_computed: tokens whose KV is there once every launched step has finished.
         num_in_flight: tokens that launched steps choose and the host has not read yet.
         is_new_to_slot: the slot holds nothing of this sequence for the sampler to go on from.
         num_preemptions: how often its KV was dropped to make room.
@@ -42,9 +49,16 @@ class Sequence:
     request: GenerateRequest
     seed: int
     arrival_s: float
+    chain: TokenChain
     state: State = State.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
+    seat: int = 0
+    shared_slot: int = 0
+    shared_tokens: int = 0
+    copy: BlockCopy | None = None
+    wants: int | None = None
+    num_cached_tokens: int = 0
     num_computed: int = 0
     num_in_flight: int = 0
     is_new_to_slot: bool = True
@@ -71,6 +85,47 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output, tokens in flight included."""
         return len(self.request.prompt_token_ids) + self.num_outputs
+
+    @property
+    def num_known(self) -> int:
+        """Prompt and output, without tokens in flight."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_known_computed(self) -> int:
+        """Known tokens whose KV is there."""
+        return min(self.num_computed, self.num_known)
+
+    @property
+    def held_slot(self) -> int:
+        """Its slot; ValueError if it has none."""
+        if self.slot is None:
+            raise ValueError(f"sequence {self.request_id} holds no slot")
+        return self.slot
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it has said something, so that its client waits for the next token."""
+        return self.state is State.RUNNING
+
+    def longest(self, max_model_len: int) -> int:
+        """Tokens it can have in the end."""
+        return min(len(self.request.prompt_token_ids) + self.sampling.max_tokens, max_model_len)
+
+    def open(self, opened: Opened, seat: int) -> None:
+        """Move into a slot, and take over what is there of it."""
+        self.slot, self.seat = opened.slot, seat
+        self.shared_slot, self.shared_tokens = opened.shared_slot, opened.shared_tokens
+        self.copy = opened.copy
+        self.num_computed = opened.num_tokens
+        if not self.num_preemptions:
+            self.num_cached_tokens = min(opened.num_tokens, len(self.request.prompt_token_ids))
+
+    def leave(self) -> None:
+        """Move out of the slot, with nothing computed."""
+        self.slot = self.copy = None
+        self.shared_slot = self.shared_tokens = self.num_computed = 0
+        self.is_new_to_slot = True
 
     def next_tokens(self, count: int) -> tuple[int, ...]:
         """The first `count` tokens whose KV is not in the slot; PENDING_TOKEN for those in flight."""

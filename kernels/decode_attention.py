@@ -39,13 +39,22 @@ _FEW_PARTS = 4
 _JOIN_ELEMENTS = 4096  # partial results that a warp loads at once: 128 registers a thread
 
 
-@triton.jit(do_not_specialize_on_alignment=["first_rows_ptr", "context_lens_ptr"])
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "first_rows_ptr",
+        "shared_first_rows_ptr",
+        "shared_lens_ptr",
+        "context_lens_ptr",
+    ]
+)
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     kv_ptr,
     out_ptr,
     workspace_ptr,
     first_rows_ptr,
+    shared_first_rows_ptr,
+    shared_lens_ptr,
     context_lens_ptr,
     scale_log2,
     q_token_stride,
@@ -91,6 +100,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     row_stride = kv_row_stride.to(tl.int64)
     context_len = tl.load(context_lens_ptr + sequence)
     first_row = tl.load(first_rows_ptr + sequence)
+    shared_row = tl.load(shared_first_rows_ptr + sequence)
+    shared_len = tl.load(shared_lens_ptr + sequence)
     q = tl.load(q_ptrs + sequence * q_token_stride, mask=mask, other=0.0)
     while position < span_end:
         num_tiles = count_tiles(context_len, TOKENS_PER_ROW, BLOCK_N)
@@ -98,9 +109,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         goes_on = start + num_tiles < span_end
         next_len = tl.load(context_lens_ptr + sequence + 1, mask=goes_on, other=0)
         next_row = tl.load(first_rows_ptr + sequence + 1, mask=goes_on, other=0)
+        next_shared_row = tl.load(shared_first_rows_ptr + sequence + 1, mask=goes_on, other=0)
+        next_shared_len = tl.load(shared_lens_ptr + sequence + 1, mask=goes_on, other=0)
         next_mask = mask & (members < tl.where(goes_on, GROUP, 0))[:, None]
         next_q = tl.load(q_ptrs + (sequence + 1) * q_token_stride, mask=next_mask, other=0.0)
         k_base = kv_ptr + first_row * row_stride + kv_head * kv_head_stride
+        shared_shift = (shared_row - first_row).to(tl.int32)
         begin = position - start
         end = tl.minimum(num_tiles, span_end - start)
 
@@ -111,8 +125,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         # Masked throughout: a loop of its own for whole tiles was no faster.
         for tile in range(begin, end):
             acc, top, total = attend_tile(
-                acc, top, total, q, positions, k_base, row_stride, kv_value_stride, kv_token_stride, tile,
-                context_len, scale_log2, HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, True, WIDENS,
+                acc, top, total, q, positions, k_base, shared_shift, shared_len, row_stride, kv_value_stride,
+                kv_token_stride, tile, context_len, scale_log2,
+                HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, True, True, WIDENS,
             )  # fmt: skip
 
         if (begin == 0) & (end == num_tiles):
@@ -132,6 +147,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         sequence += 1
         context_len = next_len
         first_row = next_row
+        shared_row = next_shared_row
+        shared_len = next_shared_len
         q = next_q
 
 
@@ -288,13 +305,15 @@ def decode_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
     first_rows: torch.Tensor,
+    shared_first_rows: torch.Tensor,
+    shared_lens: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
     workspace: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """See `kernels.reference.decode_attention`. Raises ValueError naming an argument that is wrong."""
-    _check(q, kv, first_rows, context_lens, out)
+    _check(q, kv, first_rows, shared_first_rows, shared_lens, context_lens, out)
     batch, query_heads, head_dim = q.shape
     if batch == 0:
         return out
@@ -302,7 +321,7 @@ def decode_attention(
     require_workspace(workspace, launch.workspace_floats, q)
     out_strides = out.stride(0), out.stride(1)
     _decode_kernel[launch.decode_grid](
-        q, kv, out, workspace, first_rows, context_lens, scale * LOG2_E,
+        q, kv, out, workspace, first_rows, shared_first_rows, shared_lens, context_lens, scale * LOG2_E,
         q.stride(0), q.stride(1), *kv.stride()[:4], *out_strides, **launch.decode_settings,
     )  # fmt: skip
     if launch.join_grid[1]:
@@ -314,6 +333,8 @@ def _check(
     q: torch.Tensor,
     kv: torch.Tensor,
     first_rows: torch.Tensor,
+    shared_first_rows: torch.Tensor,
+    shared_lens: torch.Tensor,
     context_lens: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
@@ -325,4 +346,6 @@ def _check(
     require(q.shape[1] % kv.shape[3] == 0, "q", f"of heads that are a multiple of {kv.shape[3]}, as kv's")
     require_like("out", out, tuple(q.shape), q)
     require_index("first_rows", first_rows, q.shape[0], torch.int64, q)
+    require_index("shared_first_rows", shared_first_rows, q.shape[0], torch.int64, q)
+    require_index("shared_lens", shared_lens, q.shape[0], torch.int32, q)
     require_index("context_lens", context_lens, q.shape[0], torch.int32, q)

@@ -23,13 +23,23 @@ _TILE_BYTES = 32 * 1024
 _WIDE_TILE_BYTES = 16 * 1024  # float32 products run on registers, which larger tiles would spill
 
 
-@triton.jit(do_not_specialize_on_alignment=["query_starts_ptr", "first_rows_ptr", "context_lens_ptr"])
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "query_starts_ptr",
+        "first_rows_ptr",
+        "shared_first_rows_ptr",
+        "shared_lens_ptr",
+        "context_lens_ptr",
+    ]
+)
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     kv_ptr,
     out_ptr,
     query_starts_ptr,
     first_rows_ptr,
+    shared_first_rows_ptr,
+    shared_lens_ptr,
     context_lens_ptr,
     scale_log2,
     q_token_stride,
@@ -60,6 +70,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         return
     context_len = tl.load(context_lens_ptr + sequence)
     first_row = tl.load(first_rows_ptr + sequence)
+    shared_len = tl.load(shared_lens_ptr + sequence)
+    shared_shift = (tl.load(shared_first_rows_ptr + sequence) - first_row).to(tl.int32)
     num_cached = context_len - num_queries
 
     pairs = first_pair + tl.arange(0, BLOCK_M)
@@ -75,7 +87,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     k_base = kv_ptr + first_row * row_stride + kv_head * kv_head_stride
     last_token = tl.minimum((first_pair + BLOCK_M - 1) // GROUP, num_queries - 1)
     num_tiles = count_tiles(num_cached + last_token + 1, TOKENS_PER_ROW, BLOCK_N)
-    # Tiles that end at or before the block's first query are seen whole by all of it.
+    # Tiles that end at or before the block's first query are seen whole by all of it: the shared ones too,
+    # so that where tiles fill rows only the first loop meets those.
     num_full = (num_cached + first_pair // GROUP + 1) // BLOCK_N if IS_EVEN else 0
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -84,13 +97,15 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     positions = num_cached + tokens
     for tile in range(0, num_full):
         acc, top, total = attend_tile(
-            acc, top, total, q, positions, k_base, row_stride, kv_value_stride, kv_token_stride, tile,
-            context_len, scale_log2, HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, False, WIDENS,
+            acc, top, total, q, positions, k_base, shared_shift, shared_len, row_stride, kv_value_stride,
+            kv_token_stride, tile, context_len, scale_log2,
+            HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, False, True, WIDENS,
         )  # fmt: skip
     for tile in range(num_full, num_tiles):
         acc, top, total = attend_tile(
-            acc, top, total, q, positions, k_base, row_stride, kv_value_stride, kv_token_stride, tile,
-            context_len, scale_log2, HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, True, WIDENS,
+            acc, top, total, q, positions, k_base, shared_shift, shared_len, row_stride, kv_value_stride,
+            kv_token_stride, tile, context_len, scale_log2,
+            HEAD_DIM, TOKENS_PER_ROW, BLOCK_N, BLOCK_D, True, not IS_EVEN, WIDENS,
         )  # fmt: skip
 
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -103,20 +118,27 @@ def prefill_attention(
     kv: torch.Tensor,
     query_starts: torch.Tensor,
     first_rows: torch.Tensor,
+    shared_first_rows: torch.Tensor,
+    shared_lens: torch.Tensor,
     context_lens: torch.Tensor,
     max_query_len: int,
     scale: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """See `kernels.reference.prefill_attention`. Raises ValueError naming an argument that is wrong."""
-    _check(q, kv, query_starts, first_rows, context_lens, max_query_len, out)
+    _check(q, kv, query_starts, first_rows, shared_first_rows, shared_lens, context_lens, max_query_len, out)
     if q.shape[0] == 0 or first_rows.numel() == 0:
         return out
     pool = hopper_pool(q, kv, out)
     if pool is None:
-        _prefill_portable(q, kv, query_starts, first_rows, context_lens, max_query_len, scale, out)
+        _prefill_portable(
+            q, kv, query_starts, first_rows, shared_first_rows, shared_lens, context_lens, max_query_len,
+            scale, out,
+        )  # fmt: skip
     else:
-        prefill_attention_hopper(pool, q, query_starts, first_rows, context_lens, scale, out)
+        prefill_attention_hopper(
+            pool, q, query_starts, first_rows, shared_first_rows, shared_lens, context_lens, scale, out
+        )
     return out
 
 
@@ -125,6 +147,8 @@ def _prefill_portable(
     kv: torch.Tensor,
     query_starts: torch.Tensor,
     first_rows: torch.Tensor,
+    shared_first_rows: torch.Tensor,
+    shared_lens: torch.Tensor,
     context_lens: torch.Tensor,
     max_query_len: int,
     scale: float,
@@ -140,7 +164,7 @@ def _prefill_portable(
     block_m = _block_m(tile.block_dim, is_wide)
     grid = (triton.cdiv(max_query_len * group, block_m), kv_heads, first_rows.numel())
     _prefill_kernel[grid](
-        q, kv, out, query_starts, first_rows, context_lens, scale * LOG2_E,
+        q, kv, out, query_starts, first_rows, shared_first_rows, shared_lens, context_lens, scale * LOG2_E,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3),
         out.stride(0), out.stride(1),
         GROUP=group, HEAD_DIM=head_dim, TOKENS_PER_ROW=tokens_per_row, BLOCK_M=block_m,
@@ -162,6 +186,8 @@ def _check(
     kv: torch.Tensor,
     query_starts: torch.Tensor,
     first_rows: torch.Tensor,
+    shared_first_rows: torch.Tensor,
+    shared_lens: torch.Tensor,
     context_lens: torch.Tensor,
     max_query_len: int,
     out: torch.Tensor,
@@ -175,6 +201,8 @@ def _check(
     require_like("out", out, tuple(q.shape), q)
     num_sequences = first_rows.numel()
     require_index("first_rows", first_rows, num_sequences, torch.int64, q)
+    require_index("shared_first_rows", shared_first_rows, num_sequences, torch.int64, q)
+    require_index("shared_lens", shared_lens, num_sequences, torch.int32, q)
     require_index("context_lens", context_lens, num_sequences, torch.int32, q)
     require_index("query_starts", query_starts, num_sequences + 1, torch.int32, q)
     require(max_query_len >= 1 or q.shape[0] == 0, "max_query_len", "at least 1")

@@ -148,6 +148,8 @@ def prefill_attention_hopper(
     q: torch.Tensor,
     query_starts: torch.Tensor,
     first_rows: torch.Tensor,
+    shared_first_rows: torch.Tensor,
+    shared_lens: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor,
@@ -162,7 +164,8 @@ def prefill_attention_hopper(
     token_stride, head_stride, _ = out.stride()
     pool.kernel[(num_programs, 1, 1)](
         _describe_queries(q.data_ptr(), q.dtype, q.shape, q.stride(), variant.q_box), pool.descriptor,
-        out, query_starts, first_rows, context_lens, next(pool.counters), scale * LOG2_E,
+        out, query_starts, first_rows, shared_first_rows, shared_lens, context_lens, next(pool.counters),
+        scale * LOG2_E,
         token_stride // _ALIGNED_ELEMENTS, head_stride // _ALIGNED_ELEMENTS,
         num_sequences, kv_heads, _L2_BYTES // (4 * head_dim), *variant.constants(),
     )  # fmt: skip
@@ -200,7 +203,8 @@ def _compile(variant: Variant, device: torch.device) -> Any:
     dtype = variant.dtype
     q = _describe(0, dtype, (1, variant.heads, variant.head_dim), (1024, 1024, 1), variant.q_box)
     kv = _describe(0, dtype, (1, 2, 128, 1, variant.head_dim), (1024, 1024, 1024, 1024, 1), variant.kv_box)
-    pointers = (dtype, torch.int32, torch.int64, torch.int32, torch.int32)
+    # out, query_starts, first_rows, shared_first_rows, shared_lens, context_lens, counter
+    pointers = (dtype, torch.int32, torch.int64, torch.int64, torch.int32, torch.int32, torch.int32)
     return prefill_kernel.warmup(
         q, kv, *pointers, 1.0, 0, 0, 0, 0, 0, *variant.constants(), grid=(1,), **LAUNCH_OPTIONS
     )

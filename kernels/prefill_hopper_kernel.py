@@ -32,6 +32,13 @@ _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
+def _find_row(tile, first_row, shared_row, shared_rows, TILES_PER_ROW: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The row that holds a tile of keys: a sequence's first `shared_rows` rows lie from `shared_row` on."""
+    row = tile // TILES_PER_ROW
+    return row + gl.where(row < shared_rows, shared_row, first_row)
+
+
+@gluon.jit
 def _load_kv(kv_desc, row, part, token, head, ring, full, empty, step, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of keys (part 0) or values (1) into its place, once both consumers are done with the last."""
     stage = step % STAGES
@@ -88,7 +95,8 @@ def _produce(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     q_smem, k_smem, v_smem, note_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, note_full, note_empty, _ = barriers
-    query_starts_ptr, first_rows_ptr, context_lens_ptr, counter_ptr = arrays
+    query_starts_ptr, first_rows_ptr, shared_first_rows_ptr, shared_lens_ptr = arrays[:4]
+    context_lens_ptr, counter_ptr = arrays[4:]
     HALF_TOKENS: gl.constexpr = 64 // HEADS
     BLOCK_TOKENS: gl.constexpr = 2 * HALF_TOKENS
     TILES_PER_ROW: gl.constexpr = TOKENS_PER_ROW // BLOCK_N
@@ -110,6 +118,8 @@ def _produce(  # type: ignore[no-untyped-def]
             next_work = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
             context_len = gl.load(context_lens_ptr + sequence)
             first_row = gl.load(first_rows_ptr + sequence).to(gl.int32)
+            shared_row = gl.load(shared_first_rows_ptr + sequence).to(gl.int32)
+            shared_rows = gl.load(shared_lens_ptr + sequence) // TOKENS_PER_ROW
             token, slot = _find_tile(
                 work - first_work, num_queries, context_len, kv_heads, l2_tokens, SLOTS, BLOCK_TOKENS
             )
@@ -124,7 +134,8 @@ def _produce(  # type: ignore[no-untyped-def]
 
             # Keys one tile ahead of values, in the order in which the consumers want them.
             head = slot // SLOTS
-            _load_kv(kv_desc, first_row, 0, 0, head, k_smem, k_full, k_empty, step, STAGES)
+            row = _find_row(0, first_row, shared_row, shared_rows, TILES_PER_ROW)
+            _load_kv(kv_desc, row, 0, 0, head, k_smem, k_full, k_empty, step, STAGES)
             for half in gl.static_range(2):
                 mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
                 mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
@@ -132,10 +143,10 @@ def _produce(  # type: ignore[no-untyped-def]
                 _tma_load(q_desc, corner, q_full.index(half), q_smem.index(half))
             for tile in range(1, num_tiles + 1):
                 if tile < num_tiles:
-                    row = first_row + tile // TILES_PER_ROW
+                    row = _find_row(tile, first_row, shared_row, shared_rows, TILES_PER_ROW)
                     offset = tile % TILES_PER_ROW * BLOCK_N
                     _load_kv(kv_desc, row, 0, offset, head, k_smem, k_full, k_empty, step + 1, STAGES)
-                row = first_row + (tile - 1) // TILES_PER_ROW
+                row = _find_row(tile - 1, first_row, shared_row, shared_rows, TILES_PER_ROW)
                 offset = (tile - 1) % TILES_PER_ROW * BLOCK_N
                 _load_kv(kv_desc, row, 1, offset, head, v_smem, v_full, v_empty, step, STAGES)
                 step += 1
@@ -152,11 +163,19 @@ def _produce(  # type: ignore[no-untyped-def]
 
 @gluon.jit(
     do_not_specialize=["num_sequences", "kv_heads", "l2_tokens", "out_token_stride_8", "out_head_stride_8"],
-    do_not_specialize_on_alignment=["query_starts_ptr", "first_rows_ptr", "context_lens_ptr", "counter_ptr"],
+    do_not_specialize_on_alignment=[
+        "query_starts_ptr",
+        "first_rows_ptr",
+        "shared_first_rows_ptr",
+        "shared_lens_ptr",
+        "context_lens_ptr",
+        "counter_ptr",
+    ],
 )
 def prefill_kernel(  # type: ignore[no-untyped-def]
-    q_desc, kv_desc, out_ptr, query_starts_ptr, first_rows_ptr, context_lens_ptr, counter_ptr,
-    scale_log2, out_token_stride_8, out_head_stride_8, num_sequences, kv_heads, l2_tokens,
+    q_desc, kv_desc, out_ptr, query_starts_ptr, first_rows_ptr, shared_first_rows_ptr, shared_lens_ptr,
+    context_lens_ptr, counter_ptr, scale_log2, out_token_stride_8, out_head_stride_8, num_sequences,
+    kv_heads, l2_tokens,
     HEADS: gl.constexpr, SLOTS: gl.constexpr, TOKENS_PER_ROW: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -193,7 +212,10 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
     buffers = (q_smem, k_smem, v_smem, note_smem)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, note_full, note_empty, tail_clear)
-    arrays = (query_starts_ptr, first_rows_ptr, context_lens_ptr, counter_ptr)
+    arrays = (
+        query_starts_ptr, first_rows_ptr, shared_first_rows_ptr, shared_lens_ptr, context_lens_ptr,
+        counter_ptr,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (consume, (0, buffers, barriers, out_ptr, out_token_stride_8, out_head_stride_8, scale_log2,

@@ -7,7 +7,7 @@ hold. A chunk that was lent away too early, mapped twice or mixed up between seq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.pool import MemoryPool
 from engine.memory.vmm import VirtualMemory
-from engine.messages import PENDING_TOKEN, EngineInfo, StepPlan, TokenDelta
+from engine.messages import PENDING_TOKEN, EngineInfo, Piece, StepPlan, TokenDelta
 from engine.model.sampler import Sampled, SampleRow
 from engine.scheduler import Scheduler
 
@@ -64,13 +64,15 @@ class PatternRunner:
     """Writes signatures to KV, and raises AssertionError if what should be there is not.
 
     Attributes:
-        last_tokens: the newest token chosen for each slot, as on a device.
-        contexts: what the sequences that sampled in the newest plan consist of, by slot.
-        names: the requests of those slots.
+        tokens_of: (request id, count) -> its first tokens; asked for what a request has not computed itself.
+        last_tokens: the newest token chosen for each seat, as on a device.
+        contexts: what the sequences that sampled in the newest plan consist of, by seat.
+        names: the requests in those seats.
     """
 
-    def __init__(self, pool: MemoryPool) -> None:
+    def __init__(self, pool: MemoryPool, tokens_of: Callable[[str, int], Sequence[int]]) -> None:
         self._pool = pool
+        self.tokens_of = tokens_of
         self._told: dict[str, list[int]] = {}
         self.plans: list[StepPlan] = []
         self.last_tokens: dict[int, int] = {}
@@ -79,50 +81,61 @@ class PatternRunner:
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         kv = self._pool.kv
+        for copy in plan.copies:
+            kv.copy_rows(copy.source_row, copy.target_row)
         for buffer in self._pool.arena.buffers(plan.num_tokens, plan.num_rows).values():
             buffer.fill_(float("nan"))  # a chunk that is KV and activation at once would show
         for piece in plan.pieces:
-            told = self._told.setdefault(piece.request_id, [])
-            del told[piece.start :]
-            assert len(told) == piece.start
-            self._verify(kv, piece.slot, told)
-            tokens = [self._known(piece.slot, token) for token in piece.token_ids]
-            told.extend(tokens)
-            for position, token in enumerate(tokens, piece.start):
-                self._write(kv, piece.slot, position, token)
+            self._write_piece(kv, piece)
+        # Only now: a piece may read what another one of the same step writes.
+        for piece in plan.pieces:
+            self._verify(kv, piece, self._told[piece.request_id])
         self.plans.append(plan)
         sampling = [piece for piece in plan.pieces if piece.samples]
-        self.contexts = {piece.slot: list(self._told[piece.request_id]) for piece in sampling}
-        self.names = {piece.slot: piece.request_id for piece in sampling}
+        self.contexts = {piece.seat: list(self._told[piece.request_id]) for piece in sampling}
+        self.names = {piece.seat: piece.request_id for piece in sampling}
         return torch.zeros(plan.num_rows, VOCAB)
 
     def synchronize(self) -> None:
         pass
 
-    def _known(self, slot: int, token: int) -> int:
-        return self.last_tokens[slot] if token == PENDING_TOKEN else token
+    def _write_piece(self, kv: KvCache, piece: Piece) -> None:
+        told = self._told.setdefault(piece.request_id, [])
+        if piece.start > len(told):
+            told[:] = self.tokens_of(piece.request_id, piece.start)
+            assert PENDING_TOKEN not in told
+        del told[piece.start :]
+        assert piece.start >= piece.shared_tokens
+        tokens = [self.last_tokens[piece.seat] if one == PENDING_TOKEN else one for one in piece.token_ids]
+        told.extend(tokens)
+        self._write(kv, piece, tokens)
 
     @staticmethod
-    def _where(kv: KvCache, slot: int, position: int) -> tuple[int, int]:
-        tokens = kv.geometry.tokens_per_chunk
-        return kv.first_row(slot) + position // tokens, position % tokens
-
-    def _write(self, kv: KvCache, slot: int, position: int, token: int) -> None:
-        row, offset = self._where(kv, slot, position)
+    def _write(kv: KvCache, piece: Piece, tokens: Sequence[int]) -> None:
+        device, per_row = kv.layer_views[0].device, kv.geometry.tokens_per_chunk
+        positions = torch.arange(piece.start, piece.start + len(tokens), device=device)
+        rows, offsets = kv.first_row(piece.slot) + positions // per_row, positions % per_row
+        signature = torch.tensor(tokens, dtype=torch.float32, device=device)[:, None, None] * 100
         for layer, view in enumerate(kv.layer_views):
-            view[row, 0, offset] = token * 100 + layer
-            view[row, 1, offset] = -(token * 100 + layer)
+            view[rows, 0, offsets] = signature + layer
+            view[rows, 1, offsets] = -(signature + layer)
 
-    def _verify(self, kv: KvCache, slot: int, tokens: Sequence[int]) -> None:
-        rows = kv.geometry.rows_for(len(tokens))
-        first = kv.first_row(slot)
+    def _verify(self, kv: KvCache, piece: Piece, tokens: Sequence[int]) -> None:
+        shared = piece.shared_tokens // kv.geometry.tokens_per_chunk
+        first, there = kv.first_row(piece.slot), kv.first_row(piece.shared_slot)
+        own = slice(first + shared, first + kv.geometry.rows_for(len(tokens)))
         expected = torch.tensor(tokens, dtype=torch.float32, device=kv.layer_views[0].device) * 100
         for layer, view in enumerate(kv.layer_views):
-            keys = view[first : first + rows, 0].reshape(-1, *view.shape[3:])[: len(tokens)]
-            values = view[first : first + rows, 1].reshape(-1, *view.shape[3:])[: len(tokens)]
+            rows = torch.cat([view[there : there + shared], view[own]]) if shared else view[own]
+            keys = rows[:, 0].reshape(-1, *view.shape[3:])[: len(tokens)]
+            values = rows[:, 1].reshape(-1, *view.shape[3:])[: len(tokens)]
             want = (expected + layer)[:, None, None].expand_as(keys)
-            assert torch.equal(keys, want), "keys are not what was written"
-            assert torch.equal(values, -want), "values are not what was written"
+            self._compare(keys, want, values, -want)
+
+    def _compare(self, *found_and_wanted: torch.Tensor) -> None:
+        keys, wanted_keys, values, wanted_values = found_and_wanted
+        assert torch.equal(keys, wanted_keys), "keys are not what was written"
+        assert torch.equal(values, wanted_values), "values are not what was written"
 
 
 class Ready:
@@ -185,10 +198,13 @@ class Bench:
         vm: VirtualMemory | None = None,
         geometry: KvGeometry = GEOMETRY,
         steps_ahead: int | None = None,
+        runner: type[PatternRunner] = PatternRunner,
+        sampler: type[PatternSampler] = PatternSampler,
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         memory = memory or MemoryConfig()
         config = EngineConfig(ModelSource("pattern", "nowhere"), memory, scheduler)
+        self.mode = memory.mode
         self.vm = vm or HostVirtualMemory(CHUNK_BYTES, total_chunks)
         self.pool = MemoryPool(
             self.vm,
@@ -198,13 +214,15 @@ class Bench:
             SPECS,
             scheduler.max_num_seqs,
             max_model_len,
-            scheduler.max_num_batched_tokens,
+            scheduler.largest_step,
             torch.float32,
+            num_slots=2 * scheduler.max_num_seqs,
+            caches_prefixes=memory.enable_prefix_caching,
         )
         info = EngineInfo("pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0)
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids)
-        self.runner = PatternRunner(self.pool)
-        self.sampler = PatternSampler(self.runner)
+        self.runner = runner(self.pool, self._tokens_of)
+        self.sampler = sampler(self.runner)
         self.deltas = Collected()
         self.engine = Engine(
             config,
@@ -218,6 +236,11 @@ class Bench:
             self.steps_ahead if steps_ahead is None else steps_ahead,
         )
 
+    def _tokens_of(self, request_id: str, count: int) -> Sequence[int]:
+        seq = self.scheduler.get(request_id)
+        assert seq is not None
+        return seq.tokens(0, count)
+
     def run(self, max_steps: int = 10_000) -> int:
         """Step until there is nothing to do; how many steps that took."""
         for count in range(max_steps):
@@ -227,10 +250,15 @@ class Bench:
         raise AssertionError(f"still busy after {max_steps} steps")
 
     def assert_idle(self) -> None:
-        """Nothing runs, nothing waits, and every chunk is free but the arena's and the guard."""
+        """Nothing runs, nothing waits, and every chunk is free but the arena's, the guard and the cached."""
         now = self.engine.snapshot
         assert (now.num_running, now.num_waiting) == (0, 0)
         self.pool.check()
         memory = self.pool.snapshot()
-        assert memory.kv == memory.retiring == memory.kv_tokens == 0
-        assert memory.free + memory.activation + memory.guard == memory.total
+        assert memory.retiring == memory.kv_tokens == 0
+        if self.mode == "static":
+            per_slot = self.pool.kv.rows_per_slot * self.pool.kv.geometry.num_groups
+            assert memory.kv == self.pool.kv.num_slots * per_slot
+            return
+        assert memory.kv == 0
+        assert memory.free + memory.cached + memory.activation + memory.guard == memory.total

@@ -15,7 +15,7 @@ import signal
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,14 @@ import orjson
 
 from cluster.bench.events import ERROR_CHARS, EventReader
 from cluster.bench.summary import Record
+from cluster.bench.workload import BenchError
 
 _CONNECT_S = 60.0  # hundreds of connections at once queue in the server's backlog
 _TOTAL_S = 6 * 3600.0  # vLLM's; a request that waits an hour is a finding, not a fault
 _FILES = 65_535
+
+
+NextBody = Callable[[bytes, Record], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,22 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request ready to be sent."""
+    """A request ready to be sent, or one that an earlier answer makes ready.
+
+    Attributes:
+        body: encoded; empty where `follows` is set.
+        follows: place of the call whose answer it waits for; that call comes first.
+        think_s: seconds from the end of that answer until this one is sent.
+        next_body: makes its body from that call's body and record; raises BenchError if the record has
+            not what it takes.
+    """
 
     arrival_s: float
     prompt_tokens: int
-    body: bytes
+    body: bytes = b""
+    follows: int | None = None
+    think_s: float = 0.0
+    next_body: NextBody | None = None
 
 
 @dataclass(slots=True)
@@ -57,15 +72,26 @@ class Run:
     """What a run left behind.
 
     Attributes:
-        records: of the calls that were sent, in order.
+        records: of the calls that were sent, in order; and of those that will not be, because the turn
+            before them failed.
+        places: of those calls among all.
         late_s: how late each was sent; with a limit on concurrency that includes waiting for it.
         interrupted: whether Ctrl-C ended it.
     """
 
     records: list[Record] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     late_s: list[float] = field(default_factory=list)
     duration_s: float = 0.0
     interrupted: bool = False
+
+    def begin(self, place: int, call: Call, now_s: float, due_s: float) -> Record:
+        """The record of a call that is sent, or given up, now."""
+        record = Record(now_s, call.prompt_tokens)
+        self.records.append(record)
+        self.places.append(place)
+        self.late_s.append(now_s - due_s)
+        return record
 
 
 def send_all(
@@ -93,16 +119,16 @@ async def _send_all(
         post = functools.partial(session.post, target.url, headers=target.headers, proxy=proxy)
         origin = time.perf_counter()
 
-        async def one(call: Call) -> None:
+        async def send(place: int, body: bytes, due_s: float) -> Record:
             async with gate:
-                record = Record(time.perf_counter() - origin, call.prompt_tokens)
-                run.records.append(record)
-                run.late_s.append(record.start_s - call.arrival_s)
-                await _stream(post, call.body, record, origin)
+                record = run.begin(place, calls[place], time.perf_counter() - origin, due_s)
+                await _stream(post, body, record, origin)
                 on_end(record)
+                return record
 
         with _interrupts_set(stop):
-            everything = asyncio.ensure_future(_at_their_times(calls, one, origin))
+            sessions = _Sessions(calls, send, run, on_end, origin)
+            everything = asyncio.ensure_future(sessions.at_their_times())
             interrupt = asyncio.ensure_future(stop.wait())
             await asyncio.wait((everything, interrupt), return_when=asyncio.FIRST_COMPLETED)
         run.interrupted = not everything.done()
@@ -114,13 +140,66 @@ async def _send_all(
     return run
 
 
-async def _at_their_times(calls: Sequence[Call], one: Callable[[Call], Any], origin: float) -> None:
-    async with asyncio.TaskGroup() as group:
-        for call in calls:
-            wait_s = origin + call.arrival_s - time.perf_counter()
-            if wait_s > 0:
-                await asyncio.sleep(wait_s)
-            group.create_task(one(call))
+class _Sessions:
+    """Sends each call when its time has come, and those that follow one when its answer has ended.
+
+    Args:
+        send: (place, body, when it was due) -> its record, at the end of its answer.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        send: Callable[[int, bytes, float], Awaitable[Record]],
+        run: Run,
+        on_end: Callable[[Record], None],
+        origin: float,
+    ) -> None:
+        self._calls, self._send, self._run, self._on_end, self._origin = calls, send, run, on_end, origin
+        self._followers: dict[int, list[int]] = {}
+        for place, call in enumerate(calls):
+            if call.follows is not None:
+                self._followers.setdefault(call.follows, []).append(place)
+
+    async def at_their_times(self) -> None:
+        """To the end of the last answer."""
+        async with asyncio.TaskGroup() as group:
+            for place, call in enumerate(self._calls):
+                if call.follows is None:
+                    await self._sleep_until(call.arrival_s)
+                    group.create_task(self._turn(place, call.body, call.arrival_s))
+
+    async def _turn(self, place: int, body: bytes, due_s: float) -> None:
+        record = await self._send(place, body, due_s)
+        later = self._followers.get(place, ())
+        await asyncio.gather(*(self._next_turn(follower, body, record) for follower in later))
+
+    async def _next_turn(self, place: int, body: bytes, earlier: Record) -> None:
+        call = self._calls[place]
+        due_s = earlier.end_s + call.think_s
+        try:
+            if earlier.error is not None:
+                raise BenchError(earlier.error)
+            body = call.next_body(body, earlier) if call.next_body else call.body
+        except BenchError as error:
+            self._give_up(place, f"not sent, for the turn before it failed: {error}")
+            return
+        await self._sleep_until(due_s)
+        await self._turn(place, body, due_s)
+
+    def _give_up(self, place: int, error: str) -> None:
+        """A turn that cannot be sent has failed, and all behind it."""
+        now_s = time.perf_counter() - self._origin
+        record = self._run.begin(place, self._calls[place], now_s, now_s)
+        record.error, record.end_s = error, now_s
+        self._on_end(record)
+        for follower in self._followers.get(place, ()):
+            self._give_up(follower, error)
+
+    async def _sleep_until(self, due_s: float) -> None:
+        wait_s = self._origin + due_s - time.perf_counter()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
 
 
 async def _stream(post: Callable[..., Any], body: bytes, record: Record, origin: float) -> None:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.bench.workload import OptionError, workload_names
+from cluster.bench.named import workload_names
+from cluster.bench.workload import OptionError
 
 _LOAD, _DATA, _PROMPTS, _OUTPUT = "Load", "Dataset", "Requests", "Results"
 

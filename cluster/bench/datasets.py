@@ -6,13 +6,13 @@ import functools
 import math
 
 from cluster.bench import traces
+from cluster.bench.named import named_workload
 from cluster.bench.options import Options
 from cluster.bench.workload import (
     BenchError,
     PlannedRequest,
     RandomPlan,
     Workload,
-    named_workload,
     with_arrivals,
 )
 

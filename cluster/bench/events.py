@@ -72,6 +72,8 @@ class EventReader:
         if usage := event.get("usage"):
             self._usage = _count(usage, "completion_tokens", self._usage)
             record.prompt_tokens = _count(usage, "prompt_tokens", None) or record.prompt_tokens
+            details = usage.get("prompt_tokens_details") or {}
+            record.cached_tokens = _count(details, "cached_tokens", record.cached_tokens)
         for choice in (event.get("choices") or ())[:1]:
             ends = choice.get("finish_reason") is not None
             if self._has_token(choice, ends):
@@ -86,6 +88,7 @@ class EventReader:
 
         A chat's opening event has a role and no text: servers may send it before there is a token.
         """
+        self._record.token_ids += choice.get("token_ids") or ()  # vLLM's, where the request asks for them
         delta = choice.get("delta")
         texts = [choice.get("text")] if delta is None else [delta.get(name) for name in _TEXTS]
         pieces = [text for text in texts if text and isinstance(text, str)]

@@ -1,19 +1,21 @@
 """The least time a workload can take on a device: its bytes and FLOPs, counted, over the device's ceilings.
 
 Counted are what no implementation avoids: every matrix product, attention over the causal half, the
-weights once for each token of the longest answer, and each answer token's reading of the KV before it.
-Prefix sharing and speculation would change the count; nothing here uses them. A model that is counted
-in another way (quantised weights, experts, latent or windowed attention) is refused.
+weights once for each token of the longest answer (of a session, of all its answers), and each answer
+token's reading of the KV before it. Equal prefixes are computed, and read in a step, once (`sharing`).
+Speculation would change the count; nothing here uses it. A model that is counted in another way
+(quantised weights, experts, latent or windowed attention) is refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.bench.sharing import Reuse, reuse_of
 from cluster.bench.workload import BenchError, PlannedRequest, Workload
 
 
@@ -154,50 +156,68 @@ class Floor:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What one request costs at least.
+
+    Attributes:
+        kept_bytes: KV of earlier turns that its prefill reads.
+        kv_bytes: KV that its decode steps read, without what another sequence of the same step reads.
+    """
+
+    prefill_flop: float
+    decode_flop: float
+    kept_bytes: float
+    kv_bytes: float
+
+    @classmethod
+    def of(cls, request: PlannedRequest, reuse: Reuse, shape: ModelShape) -> _Cost:
+        steps = request.output_tokens - 1
+        fresh = request.prompt_tokens - reuse.cached
+        pairs = fresh * reuse.cached + fresh * (fresh + 1) / 2
+        grown = steps * (steps + 1) / 2  # keys of tokens that the answer itself has, over all steps
+        products = 2.0 * steps * (shape.layer_weights + shape.head_weights)
+        return cls(
+            prefill_flop=2.0 * (fresh * shape.layer_weights + shape.head_weights)
+            + shape.attention_flop(pairs),
+            decode_flop=products + shape.attention_flop(steps * request.prompt_tokens + grown),
+            kept_bytes=(reuse.cached - reuse.common) * shape.kv_bytes_per_token,
+            kv_bytes=(steps * (request.prompt_tokens - reuse.common) + grown) * shape.kv_bytes_per_token,
+        )
+
+
 def floor_of(workload: Workload, shape: ModelShape, ceiling: Ceiling) -> Floor:
     """Bytes, FLOPs and times of a workload that runs as one batch wherever arrivals allow it."""
-    prefill_flop = sum(_prefill_flop(r, shape) for r in workload.requests)
-    decode_flop = sum(_decode_flop(r, shape) for r in workload.requests)
-    steps = max(r.output_tokens - 1 for r in workload.requests)
-    kv_bytes = sum(_decode_kv_bytes(r, shape) for r in workload.requests)
-    read_bytes = (1 + steps) * shape.weight_bytes + kv_bytes
-    decode_s = max((read_bytes - shape.weight_bytes) / ceiling.bytes_per_s, decode_flop / ceiling.flop_per_s)
+    reuses = reuse_of(workload)
+    costs = [_Cost.of(r, reuse, shape) for r, reuse in zip(workload.requests, reuses, strict=True)]
+    passes, turns = max((reuse.passes, reuse.turns) for reuse in reuses)
+    kv_bytes = sum(cost.kv_bytes for cost in costs)
+    read_bytes = passes * shape.weight_bytes + kv_bytes + sum(cost.kept_bytes for cost in costs)
+    prefill_flop = sum(cost.prefill_flop for cost in costs)
+    decode_flop = sum(cost.decode_flop for cost in costs)
+    decode_bytes = (passes - turns) * shape.weight_bytes + kv_bytes
+    decode_s = max(decode_bytes / ceiling.bytes_per_s, decode_flop / ceiling.flop_per_s)
     phases_s = prefill_flop / ceiling.flop_per_s + decode_s
     flop = prefill_flop + decode_flop
-    alone_s = max(r.arrival_s + _alone_s(r, shape, ceiling) for r in workload.requests)
+    alone_s = _longest_alone_s(workload, costs, shape, ceiling)
     floor_s = max(flop / ceiling.flop_per_s, read_bytes / ceiling.bytes_per_s, alone_s)
     return Floor(flop, read_bytes, floor_s, max(phases_s, floor_s), ceiling)
 
 
-def _prefill_flop(request: PlannedRequest, shape: ModelShape) -> float:
-    tokens = request.prompt_tokens
-    pairs = tokens * (tokens + 1) / 2
-    return 2.0 * (tokens * shape.layer_weights + shape.head_weights) + shape.attention_flop(pairs)
-
-
-def _contexts(request: PlannedRequest) -> float:
-    """Keys that all decode steps of a request read, its own token's included."""
-    steps = request.output_tokens - 1
-    return steps * request.prompt_tokens + steps * (steps + 1) / 2
-
-
-def _decode_flop(request: PlannedRequest, shape: ModelShape) -> float:
-    steps = request.output_tokens - 1
-    products = 2.0 * steps * (shape.layer_weights + shape.head_weights)
-    return products + shape.attention_flop(_contexts(request))
-
-
-def _decode_kv_bytes(request: PlannedRequest, shape: ModelShape) -> float:
-    return _contexts(request) * shape.kv_bytes_per_token
-
-
-def _alone_s(request: PlannedRequest, shape: ModelShape, ceiling: Ceiling) -> float:
-    """One request with the device to itself: its prefill, then a step for each further token."""
-    prefill_s = max(
-        _prefill_flop(request, shape) / ceiling.flop_per_s, shape.weight_bytes / ceiling.bytes_per_s
-    )
-    read = (request.output_tokens - 1) * shape.weight_bytes + _decode_kv_bytes(request, shape)
-    return prefill_s + read / ceiling.bytes_per_s
+def _longest_alone_s(
+    workload: Workload, costs: Sequence[_Cost], shape: ModelShape, ceiling: Ceiling
+) -> float:
+    """When the last request ends if each session has the device to itself: from its arrival, turn by turn
+    a prefill and then a step for each further token.
+    """
+    ends: list[float] = []
+    for request, cost in zip(workload.requests, costs, strict=True):
+        start_s = request.arrival_s if request.follows is None else ends[request.follows] + request.think_s
+        prefill_bytes = shape.weight_bytes + cost.kept_bytes
+        prefill_s = max(cost.prefill_flop / ceiling.flop_per_s, prefill_bytes / ceiling.bytes_per_s)
+        read = (request.output_tokens - 1) * shape.weight_bytes + cost.kv_bytes
+        ends.append(start_s + prefill_s + read / ceiling.bytes_per_s)
+    return max(ends)
 
 
 def read_shape(path: Path) -> ModelShape:

@@ -133,6 +133,11 @@ class Checked:
     metadata: Mapping[str, str]
     extra_body: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether requests are messages; else they are prompts."""
+        return self.url.endswith("/chat/completions")
+
 
 def check(options: Options) -> Checked:
     """Read the options that are texts, and make the folder that results go to.

@@ -112,6 +112,7 @@ def figures(summary: Summary) -> dict[str, float]:
         "interrupted": summary.interrupted,
         "total_input_tokens": summary.input_tokens,
         "total_output_tokens": summary.output_tokens,
+        "total_cached_tokens": summary.cached_tokens,
         "request_throughput": summary.request_throughput,
         "request_goodput": summary.request_goodput,
         "slo_attainment": dict(summary.attainment) or None,

@@ -6,8 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -15,6 +15,7 @@ from cluster.bench import client, floor, report, results
 from cluster.bench.calls import make_calls
 from cluster.bench.datasets import make_workload, token_counter
 from cluster.bench.options import Checked, Options, check, told
+from cluster.bench.sessions import History, fits, histories_to_try
 from cluster.bench.summary import Record, Summary, summarise
 from cluster.bench.traces import CountTokens
 from cluster.bench.workload import BenchError, OptionError, PlannedRequest, Workload
@@ -24,6 +25,18 @@ from engine.errors import BallonetError
 Say = Callable[[str], None]
 _KEPT_UP_S = 0.05  # later than this, and the figures are the client's as much as the server's
 _RETRY_S = 1.0
+
+
+class _Server(NamedTuple):
+    """What the test request found out.
+
+    Attributes:
+        model: the id to ask for.
+        history: how sessions go on; None where there are none.
+    """
+
+    model: str
+    history: History | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +54,13 @@ class _Plan:
     def target(self) -> client.Target:
         return client.Target(self.checked.url, self.checked.headers)
 
-    def calls(self, requests: Sequence[PlannedRequest], model: str) -> list[client.Call]:
-        return make_calls(self.options, self.checked, self.workload, requests, model)
+    def calls(self, requests: Sequence[PlannedRequest], server: _Server) -> list[client.Call]:
+        return make_calls(self.options, self.checked, self.workload, requests, server.model, server.history)
 
-    def settings(self, model: str) -> report.Settings:
+    def settings(self, server: _Server) -> report.Settings:
         return report.Settings(
             self.options.backend,
-            model,
+            server.model,
             self.workload.name,
             self.workload.request_rate,
             self.options.max_concurrency,
@@ -69,21 +82,23 @@ def run(options: Options, say: Say) -> int:
     """
     plan = _plan(options)
     say("Starting initial single prompt test run...")
-    model = _when_ready(lambda: _try_first(plan), options.ready_check_timeout_sec)
+    server = _when_ready(lambda: _try_first(plan), options.ready_check_timeout_sec)
     if options.model is None:
-        say(f"--model is not given: benchmarking {model}, the server's first")
-    _warm_up(plan, model, say)
-    calls = plan.calls(plan.workload.requests, model)
+        say(f"--model is not given: benchmarking {server.model}, the server's first")
+    if server.history is not None:
+        say(f"Sessions go on with their answers as {server.history.replace('_', ' ')}")
+    _warm_up(plan, server, say)
+    calls = plan.calls(plan.workload.requests, server)
     _announce(plan, say)
     done = _send(plan.target, calls, options)
     counts = _count_missing(done.records, plan.count_tokens, say)
     summary = summarise(done.records, done.duration_s, plan.checked.objectives_ms, plan.checked.percentiles)
     _say_troubles(done, summary, options, len(calls), say)
-    say(report.block(summary, plan.settings(model)))
-    line = _result(plan, model, done, report.figures(summary) | counts)
+    say(report.block(summary, plan.settings(server)))
+    line = _result(plan, server, done, report.figures(summary) | counts)
     for text in results.comparison_lines(line["rival"]) if line["rival"] else ():
         say(text)
-    saved = not options.saves or _save(plan, model, line, done.records, say)
+    saved = not options.saves or _save(plan, server, line, done.records, say)
     say(json.dumps(line, allow_nan=False))
     if done.interrupted:
         raise KeyboardInterrupt
@@ -111,7 +126,7 @@ def _announce(plan: _Plan, say: Say) -> None:
     say(f"Maximum request concurrency: {plan.options.max_concurrency}")
 
 
-def _when_ready(attempt: Callable[[], str], limit_s: float) -> str:
+def _when_ready(attempt: Callable[[], _Server], limit_s: float) -> _Server:
     """What `attempt` returns, tried once a second until it fails after the limit."""
     give_up = time.monotonic() + limit_s
     while True:
@@ -123,18 +138,22 @@ def _when_ready(attempt: Callable[[], str], limit_s: float) -> str:
             time.sleep(_RETRY_S)
 
 
-def _try_first(plan: _Plan) -> str:
-    """The model's id, after one request alone: a wrong URL is found here, not 1,000 times.
+def _try_first(plan: _Plan) -> _Server:
+    """What one request alone finds out: a wrong URL is found here, not 1,000 times.
 
     vLLM 0.26 sends such a request only with --ready-check-timeout-sec.
     """
     model = plan.options.model or _first_model(plan.options.server, plan.checked.headers)
-    first = client.send_all(plan.target, plan.calls(plan.workload.probes(1), model))
-    if first.interrupted:
-        raise KeyboardInterrupt
-    if (error := first.records[0].error) is not None:
-        raise BenchError(f"the test request to {plan.checked.url} failed: {error}")
-    return model
+    error: str | None = None
+    for history in histories_to_try(plan.workload, plan.checked.is_chat):
+        server = _Server(model, history)
+        first = client.send_all(plan.target, plan.calls(plan.workload.probes(1), server))
+        if first.interrupted:
+            raise KeyboardInterrupt
+        error = first.records[0].error
+        if error is None and fits(history, first.records[0]):
+            return server
+    raise BenchError(f"the test request to {plan.checked.url} failed: {error}")
 
 
 def _first_model(server: str, headers: Mapping[str, str]) -> str:
@@ -144,14 +163,14 @@ def _first_model(server: str, headers: Mapping[str, str]) -> str:
         raise BenchError(f"{server}/v1/models names no model: give --model") from error
 
 
-def _warm_up(plan: _Plan, model: str, say: Say) -> None:
+def _warm_up(plan: _Plan, server: _Server, say: Say) -> None:
     count = plan.options.num_warmups
     if count == 0:
         return
     say(f"Warming up with {count} requests...")
     # The test request was the first probe: a cache may hold it.
     probes = plan.workload.probes(count + 1)[1:]
-    done = client.send_all(plan.target, plan.calls(probes, model), plan.options.max_concurrency)
+    done = client.send_all(plan.target, plan.calls(probes, server), plan.options.max_concurrency)
     if done.interrupted:
         raise KeyboardInterrupt
 
@@ -179,15 +198,15 @@ def _count_missing(records: Sequence[Record], count_tokens: CountTokens | None, 
     return {"requests_without_usage": len(missing), "counted_instead_by": counted_by}
 
 
-def _result(plan: _Plan, model: str, done: client.Run, figure: dict[str, Any]) -> dict[str, Any]:
+def _result(plan: _Plan, server: _Server, done: client.Run, figure: dict[str, Any]) -> dict[str, Any]:
     """The result line, which says what was run, on what, and how far it is from its ceiling."""
     figure["max_send_delay_s"] = round(max(done.late_s, default=0.0), 4)
     ceiling = floor.CEILINGS[plan.options.gpu] if plan.options.gpu else None
     machine = report.machine(ceiling.name if ceiling else None, ("ballonet", "aiohttp"))
     if (version := _server_version(plan.options.server, plan.checked.headers)) is not None:
         machine["versions"]["server"] = version
-    options = told(plan.options, plan.checked, plan.workload)
-    about = {"model": model, "url": plan.checked.url, "options": options}
+    options = told(plan.options, plan.checked, plan.workload) | {"history": server.history}
+    about = {"model": server.model, "url": plan.checked.url, "options": options}
     about |= {"metadata": dict(plan.checked.metadata), **machine}
     rival = None if plan.rival is None else results.compare(figure, plan.rival, options)
     return report.result("serve", plan.workload.name, figure, _floor(plan, done, ceiling), rival, about)
@@ -199,14 +218,27 @@ def _floor(plan: _Plan, done: client.Run, ceiling: floor.Ceiling | None) -> floo
     Arrivals are the planned ones. When a request was sent depends on the server where concurrency is
     limited: a floor over those times would grow with the server's slowness.
     """
-    requests = tuple(
-        PlannedRequest(record.start_s - late_s, record.prompt_tokens, max(1, record.output_tokens))
-        for record, late_s in zip(done.records, done.late_s, strict=True)
-        if record.succeeded
+    ended = zip(done.places, done.records, done.late_s, strict=True)
+    good = sorted(
+        ((place, record, late_s) for place, record, late_s in ended if record.succeeded), key=_place
     )
-    if plan.shape is None or ceiling is None or not requests:
+    if plan.shape is None or ceiling is None or not good:
         return None
-    return floor.floor_of(Workload(plan.workload.name, requests, plan.workload.seed), plan.shape, ceiling)
+    workload = plan.workload.only([place for place, _, _ in good])
+    requests = tuple(
+        replace(
+            planned,
+            arrival_s=record.start_s - late_s,
+            prompt_tokens=record.prompt_tokens,
+            output_tokens=max(1, record.output_tokens),
+        )
+        for planned, (_, record, late_s) in zip(workload.requests, good, strict=True)
+    )
+    return floor.floor_of(replace(workload, requests=requests), plan.shape, ceiling)
+
+
+def _place(entry: tuple[int, Record, float]) -> int:
+    return entry[0]
 
 
 def _server_version(server: str, headers: Mapping[str, str]) -> str | None:
@@ -217,9 +249,9 @@ def _server_version(server: str, headers: Mapping[str, str]) -> str | None:
         return None
 
 
-def _save(plan: _Plan, model: str, line: Mapping[str, Any], records: Sequence[Record], say: Say) -> bool:
+def _save(plan: _Plan, server: _Server, line: Mapping[str, Any], records: Sequence[Record], say: Say) -> bool:
     """Whether it could be: the result line comes after this, and must come."""
-    options, settings = plan.options, plan.settings(model)
+    options, settings = plan.options, plan.settings(server)
     path = results.result_path(options.result_dir, options.result_filename, options.label, settings)
     content = results.content(line, settings, records if options.save_detailed else None)
     try:

@@ -33,6 +33,8 @@ class Record:
         error: why it failed; None if it did not.
         counted: whether the server counted the output tokens (`usage`); else deltas were counted.
         pieces: the text, as it came.
+        token_ids: the answer's tokens, as far as they are told.
+        cached_tokens: tokens of the prompt that were not computed again; None if it was not told.
     """
 
     start_s: float
@@ -44,6 +46,8 @@ class Record:
     error: str | None = None
     counted: bool = False
     pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    cached_tokens: int | None = None
 
     @property
     def succeeded(self) -> bool:
@@ -103,6 +107,7 @@ class Summary:
 
     Attributes:
         interrupted: requests that Ctrl-C left unfinished; neither completed nor failed.
+        cached_tokens: input tokens of completed requests that were not computed again, where that was told.
         request_goodput: requests/s that met every objective; None without objectives.
         attainment: share of completed and failed requests that met an objective, and under "all" every
             one of them.
@@ -118,6 +123,7 @@ class Summary:
     duration_s: float
     input_tokens: int
     output_tokens: int
+    cached_tokens: int
     request_goodput: float | None
     attainment: Mapping[str, float]
     peak_output_tok_s: float
@@ -177,6 +183,7 @@ def summarise(
         duration_s=max(duration_s, 1e-9),
         input_tokens=sum(record.prompt_tokens for record in good),
         output_tokens=sum(record.output_tokens for record in good),
+        cached_tokens=sum(record.cached_tokens or 0 for record in good),
         request_goodput=met / max(duration_s, 1e-9) if objectives else None,
         attainment=attainment,
         peak_output_tok_s=_peak_tokens(good),

@@ -1,8 +1,7 @@
 """What a benchmark asks for: arrival times, prompts and output lengths, all of it from a seed.
 
-The named workloads stand here, once: the command, the engines in process and every rival get the same
-token ids at the same times. Lengths and arrivals follow `vllm bench serve`, so that figures compare.
-Owns no clock and sends nothing.
+Lengths and arrivals of random prompts follow `vllm bench serve`, so that figures compare. Owns no clock
+and sends nothing. The workloads that have a name are in `named`.
 """
 
 from __future__ import annotations
@@ -36,15 +35,21 @@ class OptionError(BenchError):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request, before it is sent.
+    """One request, before it is sent: a prompt by itself, or a later turn of a session.
+
+    A later turn's prompt is the prompt before it, the answer that came to that, and tokens of its own.
 
     Attributes:
-        arrival_s: when it is sent, from the start of the run.
-        prompt_tokens: length of the prompt; an estimate where only `text` is known.
+        arrival_s: when it is sent, from the start of the run; of no meaning for a later turn.
+        prompt_tokens: length of the prompt, all that was said before included; an estimate where only
+            `text` is known.
         output_tokens: tokens to generate.
         parts: (label, length) of each stretch of random tokens; an equal label is an equal stretch, which
-            is how prompts share prefixes.
+            is how prompts share prefixes. A later turn has its own tokens alone here.
         text: the prompt itself, where the dataset has one.
+        follows: place in the workload of the turn before it, which must be a lower one; None begins a
+            session, or is all of it.
+        think_s: of a later turn, seconds from the end of the answer before it until it is sent.
     """
 
     arrival_s: float
@@ -52,11 +57,13 @@ class PlannedRequest:
     output_tokens: int
     parts: tuple[tuple[str, int], ...] = ()
     text: str | None = None
+    follows: int | None = None
+    think_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests in order of arrival.
+    """Requests in order of arrival, each turn of a session behind the one that it follows.
 
     Attributes:
         seed: of arrivals and tokens.
@@ -72,8 +79,28 @@ class Workload:
     request_rate: float | None = math.inf
     kv_gib: float | None = None
 
+    @property
+    def has_sessions(self) -> bool:
+        """Whether some request has to wait for another one's answer."""
+        return any(request.follows is not None for request in self.requests)
+
+    def followers(self) -> dict[int, list[int]]:
+        """Places of the turns that follow a turn, by its place."""
+        found: dict[int, list[int]] = {}
+        for place, request in enumerate(self.requests):
+            if request.follows is not None:
+                found.setdefault(request.follows, []).append(place)
+        return found
+
+    def only(self, places: Sequence[int]) -> Workload:
+        """The requests at these places, in rising order; each turn's earlier ones must be among them."""
+        moved = {place: index for index, place in enumerate(places)}
+        kept = (self.requests[place] for place in places)
+        requests = (replace(r, follows=None if r.follows is None else moved[r.follows]) for r in kept)
+        return replace(self, requests=tuple(requests))
+
     def token_ids(self, request: PlannedRequest) -> list[int]:
-        """The prompt as token ids: the same for the same seed, on every machine."""
+        """The prompt as token ids, of a later turn its own: the same for the same seed, everywhere."""
         lowest = min(_SPECIAL_IDS, self.vocab_size // 2)
         ids = range(lowest, self.vocab_size)
         tokens: list[int] = []
@@ -82,7 +109,7 @@ class Workload:
         return tokens
 
     def words(self, request: PlannedRequest) -> str:
-        """The prompt as text of about one token a word, for servers that take no token ids."""
+        """The prompt, of a later turn its own part, as text of about one token a word."""
         if request.text is not None:
             return request.text
         words: list[str] = []
@@ -100,7 +127,7 @@ class Workload:
         for index in range(count):
             like = self.requests[index % len(self.requests)]
             parts = ((f"probe {index}", like.prompt_tokens),)
-            probe = replace(like, arrival_s=0.0, parts=parts, text=None)
+            probe = replace(like, arrival_s=0.0, parts=parts, text=None, follows=None)
             probes.append(probe if like.text is None else replace(probe, text=self.words(probe)))
         return probes
 
@@ -187,39 +214,8 @@ def arrival_times(count: int, rate: float, burstiness: float, seed: int) -> list
 
 
 def with_arrivals(workload: Workload, rate: float, burstiness: float) -> Workload:
-    """The same requests at the times of a rate instead of their own."""
-    times = arrival_times(len(workload.requests), rate, burstiness, workload.seed)
-    moved = (replace(r, arrival_s=time) for r, time in zip(workload.requests, times, strict=True))
+    """The same requests at the times of a rate instead of their own; later turns wait for answers still."""
+    num_first = sum(request.follows is None for request in workload.requests)
+    times = iter(arrival_times(num_first, rate, burstiness, workload.seed))
+    moved = (replace(r, arrival_s=next(times)) if r.follows is None else r for r in workload.requests)
     return replace(workload, requests=tuple(moved), request_rate=rate)
-
-
-_LLAMA_VOCAB = 128_000  # of 128,256: the rest are control tokens
-_DEMO_VOCAB = 49_152  # SmolLM2
-_NAMED: dict[str, RandomPlan] = {
-    "8b-256x512+256": RandomPlan(256, 512, 256, seed=1, vocab_size=_LLAMA_VOCAB),
-    "single-512+256": RandomPlan(1, 512, 256, seed=2, vocab_size=_LLAMA_VOCAB),
-    "long-6x126000+128": RandomPlan(6, 126_000, 128, seed=3, vocab_size=_LLAMA_VOCAB),
-    "capped-120x8000+512-poisson3": RandomPlan(
-        120, 8_000, 512, request_rate=3.0, seed=4, vocab_size=_LLAMA_VOCAB, kv_gib=20.0
-    ),
-    "warm-up-32x512+16": RandomPlan(32, 512, 16, seed=5, vocab_size=_LLAMA_VOCAB),
-    "demo-8x64+32": RandomPlan(8, 64, 32, seed=6, vocab_size=_DEMO_VOCAB),
-    "demo-single-64+32": RandomPlan(1, 64, 32, seed=7, vocab_size=_DEMO_VOCAB),
-    "demo-12x64+32-poisson2": RandomPlan(12, 64, 32, request_rate=2.0, seed=8, vocab_size=_DEMO_VOCAB),
-}
-
-
-def workload_names() -> Sequence[str]:
-    """Every named workload: `RxI+O` is R requests of I tokens in and O out."""
-    return list(_NAMED)
-
-
-def named_workload(name: str) -> Workload:
-    """A workload by name.
-
-    Raises:
-        BenchError: there is none of that name.
-    """
-    if name not in _NAMED:
-        raise BenchError(f"no workload is called {name!r}; there are {', '.join(_NAMED)}")
-    return _NAMED[name].workload(name)

@@ -9,6 +9,7 @@ cache when that is short.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,8 @@ from engine.memory.chunks import ChunkPool
 from engine.memory.virtual_tensor import VirtualTensor
 
 _ALIGN = 256  # widest vector access of a kernel, and what tensor-memory descriptors ask for
+
+_REMEMBERED_STEPS = 8  # more than can be in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class ActivationArena:
         self.tensor = VirtualTensor(chunks, self.max_chunks, "activation")
         self._bytes: torch.Tensor | None = None
         self._newest: tuple[tuple[int, int], dict[str, torch.Tensor]] | None = None
+        self._uses: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_STEPS)
 
     @property
     def num_backed(self) -> int:
@@ -116,9 +120,14 @@ class ActivationArena:
         """Rows to back before the arena has `num_chunks` chunks."""
         return list(range(self.num_backed, num_chunks))
 
+    def used(self, step: int, num_chunks: int) -> None:
+        """A step that computes in the lowest `num_chunks` chunks has been launched."""
+        self._uses.append((step, num_chunks))
+
     def shrink(self, num_chunks: int) -> None:
-        """Keep the lowest `num_chunks` chunks; the rest becomes free once no step reads it."""
-        self.tensor.drop(range(num_chunks, self.num_backed))
+        """Keep the lowest `num_chunks` chunks; the rest becomes free once no step computes in it."""
+        last = max((step for step, used in self._uses if used > num_chunks), default=0)
+        self.tensor.drop(range(num_chunks, self.num_backed), last)
 
     def buffers(self, num_tokens: int, num_rows: int) -> Mapping[str, torch.Tensor]:
         """The buffers of a step that has been reserved, each (tokens or rows, width).

@@ -7,28 +7,45 @@ is owned while one live reference is left.
 A range that drops a chunk may still be read by steps in flight, so the reference first goes to
 limbo with the newest step's number. When that step has finished, a shared chunk is unmapped there,
 and a chunk that nobody else holds becomes free but stays mapped: *warm*. A new sequence in the same
-slot takes warm chunks over without a driver call; anybody else may steal them for one unmap.
+slot takes warm chunks over without a driver call; anybody else may steal them for one unmap. A free
+chunk can also be sent ahead to where it will be needed (`send_ahead`): it is free all the while, and
+warm there once the mapping thread is done.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
-from typing import Protocol
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
-from engine.errors import ConservationError, DriverError
-from engine.memory.vmm import VirtualMemory
+from engine.errors import ConservationError
+from engine.memory.vmm import Move, Moved, Outcome, VirtualMemory
 
 logger = logging.getLogger(__name__)
 
 
 class Range(Protocol):
-    """What the pool needs of a virtual tensor: a place where chunks are mapped."""
+    """What the pool needs of a virtual tensor: places where chunks are mapped, one a row."""
 
-    def unmap_row(self, row: int) -> None: ...
+    def address_of(self, row: int) -> int: ...
+
+    def mapped(self, row: int, chunk: int) -> None: ...
+
+    def unmapped(self, row: int) -> None: ...
+
+    def awaits(self, row: int) -> None: ...
 
 
 Place = tuple[Range, int]
+
+
+class _Sent(NamedTuple):
+    """A free chunk on its way; `chunk` is None while it has to be made."""
+
+    chunk: int | None
+    source: Place | None
+    target: Place
 
 
 class ChunkPool:
@@ -48,6 +65,8 @@ class ChunkPool:
         self._num_refused = 0
         self._idle: list[int] = []
         self._warm: OrderedDict[int, Place] = OrderedDict()
+        self._sent: deque[tuple[int, list[_Sent]]] = deque()
+        self._num_sent = 0
         self._owner: dict[int, str] = {}
         self._live: Counter[int] = Counter()
         self._limbo: Counter[int] = Counter()
@@ -61,12 +80,17 @@ class ChunkPool:
     @property
     def num_free(self) -> int:
         """Chunks that `take` could give out now."""
-        return self._num_uncreated + len(self._idle) + len(self._warm)
+        return self._num_uncreated + len(self._idle) + len(self._warm) + self._num_sent
 
     @property
     def num_warm(self) -> int:
-        """Free chunks that are still mapped where they were last used."""
+        """Free chunks that are still mapped where they were last used, or mapped ahead."""
         return len(self._warm)
+
+    @property
+    def num_sent(self) -> int:
+        """Free chunks on their way to where they will be needed."""
+        return self._num_sent
 
     @property
     def num_retiring(self) -> int:
@@ -76,7 +100,12 @@ class ChunkPool:
     @property
     def num_created(self) -> int:
         """Chunks with physical memory behind them."""
-        return len(self._handles)
+        return len(self._handles) + sum(one.chunk is None for _, sent in self._sent for one in sent)
+
+    @property
+    def num_refused(self) -> int:
+        """Chunks that the driver would not make, out of the budget until `ask_again`."""
+        return self._num_refused
 
     def num_owned(self, owner: str) -> int:
         """Chunks under one owner's label; a shared chunk counts once."""
@@ -89,20 +118,18 @@ class ChunkPool:
     def take(self, count: int, owner: str) -> list[int] | None:
         """`count` unmapped chunks for `owner`, or None if there are not enough.
 
-        Order: chunks that exist unmapped, new ones, warm ones (least recently used first). If the
-        driver refuses to make a chunk, the budget shrinks to what exists until `ask_again`, and the
-        shortage is reported like any other.
+        Order: chunks that exist unmapped, new ones, warm ones (least recently used first), those sent
+        ahead. If the driver refuses to make a chunk, the budget shrinks to what exists until
+        `ask_again`, and the shortage is reported like any other.
         """
         if count > self.num_free:
             return None
-        while len(self._idle) < count and self._num_uncreated:
-            if not self._create():
-                break
-        while len(self._idle) < count and self._warm:
-            chunk, (tensor, row) = next(iter(self._warm.items()))
-            tensor.unmap_row(row)
-            del self._warm[chunk]
-            self._idle.append(chunk)
+        if len(self._idle) < count and self._num_uncreated:
+            self._create(min(count - len(self._idle), self._num_uncreated))
+        self._steal(count - len(self._idle))
+        if len(self._idle) < count and self._sent:
+            self.receive(wait=True)
+            self._steal(count - len(self._idle))
         if len(self._idle) < count:
             return None
         taken = [self._idle.pop() for _ in range(count)]
@@ -110,11 +137,22 @@ class ChunkPool:
             self._own(chunk, owner)
         return taken
 
-    def put_back(self, chunks: list[int]) -> None:
+    def put_back(self, chunks: Iterable[int]) -> None:
         """Return chunks from `take` that were never mapped."""
         for chunk in chunks:
             self._disown(chunk)
             self._idle.append(chunk)
+
+    def map(self, places: Sequence[Place], chunks: Sequence[int]) -> None:
+        """Map a chunk at each place, all in one driver call.
+
+        Raises:
+            DriverError: nothing of it is mapped.
+        """
+        addresses = [tensor.address_of(row) for tensor, row in places]
+        self.vm.map(addresses, [self._handles[chunk] for chunk in chunks])
+        for (tensor, row), chunk in zip(places, chunks, strict=True):
+            tensor.mapped(row, chunk)
 
     def can_adopt(self, chunk: int) -> bool:
         """Whether the one place that maps an ownerless chunk could own it again.
@@ -140,15 +178,21 @@ class ChunkPool:
             raise ConservationError(f"chunk {chunk} has no owner to share it")
         self._live[chunk] += 1
 
-    def drop(self, chunk: int, place: Place) -> None:
-        """Give up one live reference. The place is cleared or kept warm when it is safe."""
+    def drop(self, chunk: int, place: Place, read_until: int | None = None) -> None:
+        """Give up one live reference. The place is cleared or kept warm by the next `settle` that may.
+
+        Args:
+            read_until: the newest step that reads the place; None is the newest launched.
+        """
         self._live[chunk] -= 1
         self._limbo[chunk] += 1
         if not self._live[chunk]:
             self._by_owner[self._owner[chunk]] -= 1
             self._num_retiring += 1
-        self._dropped[place] = (self._launched, chunk)
-        self._settle()
+        step = self._launched if read_until is None else read_until
+        self._dropped[place] = (step, chunk)
+        if step <= self._completed:
+            self._dropped.move_to_end(place, last=False)  # behind those of newer steps it would wait for them
 
     def launched(self, step: int) -> None:
         """A step that may read every chunk owned now is about to run."""
@@ -157,29 +201,95 @@ class ChunkPool:
     def finished(self, step: int) -> None:
         """That step, and every one before it, has finished on the device."""
         self._completed = max(self._completed, step)
-        self._settle()
+        self.settle()
+
+    def settle(self) -> None:
+        """Take every dropped reference out of limbo that no step in flight can read any more."""
+        shared: list[tuple[Place, int]] = []
+        while self._dropped:
+            place, (step, chunk) = next(iter(self._dropped.items()))
+            if step > self._completed:
+                break
+            del self._dropped[place]
+            self._limbo[chunk] -= 1
+            if self._live[chunk] or self._limbo[chunk]:
+                shared.append((place, chunk))
+            else:
+                self._owner.pop(chunk, None)
+                del self._live[chunk], self._limbo[chunk]
+                self._num_retiring -= 1
+                self._warm[chunk] = place
+        for place, chunk in shared[self._unmap([place for place, _ in shared]) :]:
+            self._back_to_limbo(place, chunk)
+
+    def _back_to_limbo(self, place: Place, chunk: int) -> None:
+        """The driver would not unmap a place: the next settling tries again."""
+        places = [place]
+        if chunk in self._warm:  # mapped at two places, so not yet anybody's to take
+            places.append(self._warm.pop(chunk))
+            self._num_retiring += 1
+        for one in places:
+            self._limbo[chunk] += 1
+            self._dropped[one] = (self._completed, chunk)
+            self._dropped.move_to_end(one, last=False)
+
+    def send_ahead(self, targets: Sequence[Place]) -> None:
+        """Let the mapping thread bring free chunks to empty places, as many as there are free ones.
+
+        They stay free: whoever needs them more urgently takes them back.
+        """
+        sent = []
+        for target in targets:
+            one = self._next_to_send(target)
+            if one is None:
+                break
+            sent.append(one)
+        if not sent:
+            return
+        moves = [
+            Move(
+                None if one.chunk is None else self._handles[one.chunk],
+                one.source and one.source[0].address_of(one.source[1]),
+                one.target[0].address_of(one.target[1]),
+            )
+            for one in sent
+        ]
+        for one in sent:
+            one.target[0].awaits(one.target[1])
+        self._num_sent += len(sent)
+        self._sent.append((self.vm.submit(moves), sent))
+
+    def receive(self, wait: bool = False) -> None:
+        """Take in what the mapping thread has done; with `wait`, all that it was given."""
+        while self._sent and (wait or self.vm.is_done(self._sent[0][0])):
+            ticket, sent = self._sent.popleft()
+            self._num_sent -= len(sent)
+            for one, moved in zip(sent, self.vm.collect(ticket), strict=True):
+                self._arrived(one, moved)
 
     def ask_again(self) -> None:
         """Count chunks that the driver once refused as obtainable again: its memory may be back."""
-        self.total += self._num_refused
-        self._num_uncreated += self._num_refused
+        self.resize(self.total + self._num_refused)
         self._num_refused = 0
+
+    def resize(self, total: int) -> None:
+        """Another budget, no smaller than what has been made."""
+        total = max(total, self.total - self._num_uncreated)
+        self._num_uncreated += total - self.total
+        self.total = total
 
     def create_all(self) -> None:
         """Make every chunk of the budget now, as a static engine does."""
-        while self._num_uncreated and self._create():
-            pass
+        self._create(self._num_uncreated)
 
     def trim(self) -> int:
         """Give every free chunk back to the system; how many chunks that were."""
-        for chunk, (tensor, row) in self._warm.items():
-            tensor.unmap_row(row)
-            self._idle.append(chunk)
-        self._warm.clear()
-        released = len(self._idle)
-        for chunk in self._idle:
-            self.vm.release(self._handles.pop(chunk))
-        self._idle.clear()
+        self.receive(wait=True)
+        self._steal(len(self._warm))
+        released = self.vm.release([self._handles[chunk] for chunk in self._idle])
+        for chunk in self._idle[:released]:
+            del self._handles[chunk]
+        del self._idle[:released]
         self._num_uncreated += released
         return released
 
@@ -187,33 +297,94 @@ class ChunkPool:
         """Raise ConservationError unless every chunk is in exactly one state."""
         owned = {chunk for chunk, count in self._live.items() if count > 0}
         retiring = {chunk for chunk, count in self._limbo.items() if count > 0} - owned
-        sets = [owned, retiring, set(self._idle), set(self._warm)]
+        sent = [one.chunk for _, batch in self._sent for one in batch]
+        sets = [owned, retiring, set(self._idle), set(self._warm), {one for one in sent if one is not None}]
         seen = set().union(*sets)
         if sum(map(len, sets)) != len(seen) or seen != set(self._handles):
             raise ConservationError(
                 f"chunks in two states or in none: {[len(s) for s in sets]} of {len(self._handles)}"
             )
-        if len(seen) + self._num_uncreated != self.total:
+        if len(seen) + sent.count(None) + self._num_uncreated != self.total:
             raise ConservationError(f"{len(seen)} chunks + {self._num_uncreated} not made != {self.total}")
         if len(retiring) != self._num_retiring or len(owned) != self._by_owner.total():
             raise ConservationError("the counts of owned or retiring chunks are off")
+        if len(sent) != self._num_sent:
+            raise ConservationError("the count of chunks sent ahead is off")
 
-    def _create(self) -> bool:
-        try:
-            handle = self.vm.create()
-        except DriverError as error:
+    def _create(self, count: int) -> None:
+        handles = self.vm.create(count)
+        for handle in handles:
+            self._idle.append(self._new(handle))
+        self._num_uncreated -= len(handles)
+        if len(handles) < count:
+            self._refused()
+
+    def _refused(self) -> None:
+        """The device has no more memory: do with what there is, until `ask_again`."""
+        if self._num_uncreated:
             logger.warning(
-                "pool shrinks from %d to %d chunks: %s", self.total, self.total - self._num_uncreated, error
+                "the pool shrinks from %d to %d chunks: the device has no more memory",
+                self.total,
+                self.total - self._num_uncreated,
             )
-            self._num_refused += self._num_uncreated
-            self.total -= self._num_uncreated
-            self._num_uncreated = 0
-            return False
-        self._handles[self._next_id] = handle
-        self._idle.append(self._next_id)
+        self._num_refused += self._num_uncreated
+        self.resize(0)
+
+    def _new(self, handle: int) -> int:
+        chunk = self._next_id
+        self._handles[chunk] = handle
         self._next_id += 1
-        self._num_uncreated -= 1
-        return True
+        return chunk
+
+    def _steal(self, count: int) -> None:
+        """Unmap warm chunks, the least recently used first."""
+        if count <= 0:
+            return
+        stolen = [next_ for next_, _ in zip(list(self._warm), range(count), strict=False)]
+        for chunk in stolen[: self._unmap([self._warm[chunk] for chunk in stolen])]:
+            del self._warm[chunk]
+            self._idle.append(chunk)
+
+    def _unmap(self, places: Sequence[Place]) -> int:
+        """Unmap in one driver call, up to a place that the driver refuses; how many it were."""
+        if not places:
+            return 0
+        count = self.vm.unmap([tensor.address_of(row) for tensor, row in places])
+        for tensor, row in places[:count]:
+            tensor.unmapped(row)
+        return count
+
+    def _next_to_send(self, target: Place) -> _Sent | None:
+        if self._idle:
+            return _Sent(self._idle.pop(), None, target)
+        if self._num_uncreated:
+            self._num_uncreated -= 1
+            return _Sent(None, None, target)
+        if not self._warm:
+            return None
+        chunk, source = self._warm.popitem(last=False)
+        source[0].unmapped(source[1])
+        source[0].awaits(source[1])
+        return _Sent(chunk, source, target)
+
+    def _arrived(self, one: _Sent, moved: Moved) -> None:
+        source, (tensor, row) = one.source, one.target
+        tensor.unmapped(row)
+        if source is not None:
+            source[0].unmapped(source[1])
+        if moved.handle is None:
+            self._num_uncreated += 1
+            self._refused()
+            return
+        chunk = self._new(moved.handle) if one.chunk is None else one.chunk
+        if moved.outcome is Outcome.DONE:
+            tensor.mapped(row, chunk)
+            self._warm[chunk] = one.target
+        elif moved.outcome is Outcome.STAYED and source is not None:
+            source[0].mapped(source[1], chunk)
+            self._warm[chunk] = source
+        else:
+            self._idle.append(chunk)
 
     def _own(self, chunk: int, owner: str) -> None:
         self._live[chunk] = 1
@@ -223,18 +394,3 @@ class ChunkPool:
     def _disown(self, chunk: int) -> None:
         self._by_owner[self._owner.pop(chunk)] -= 1
         del self._live[chunk]
-
-    def _settle(self) -> None:
-        """Take every dropped reference out of limbo that no step in flight can read any more."""
-        while self._dropped:
-            (tensor, row), (step, chunk) = next(iter(self._dropped.items()))
-            if step > self._completed:
-                return
-            del self._dropped[tensor, row]
-            self._limbo[chunk] -= 1
-            if self._live[chunk] or self._limbo[chunk]:
-                tensor.unmap_row(row)
-                continue
-            del self._live[chunk], self._limbo[chunk], self._owner[chunk]
-            self._num_retiring -= 1
-            self._warm[chunk] = (tensor, row)

@@ -1,4 +1,4 @@
-"""Virtual memory of one CUDA device. The only file that calls the CUDA driver.
+"""Virtual memory of one CUDA device. The only file that calls the CUDA driver, itself or by native_cuda.c.
 
 Per call from Python on an H100, 2 to 32 MiB alike: create 11 µs, map 2, set access 32, unmap 19,
 release 13; one set-access over a range costs no less a chunk. Neither map nor unmap waits for
@@ -7,24 +7,32 @@ running kernels, so whoever unmaps must know that nothing in flight reads the ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import sys
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
 from engine.errors import ConfigError, DriverError
+from engine.memory import native
+from engine.memory.driver import ChunkDriver
+from engine.memory.mapper import Call, Failure, Mapper, PythonMapper
 
 
-class CudaVirtualMemory:
+class CudaVirtualMemory(ChunkDriver):
     """Implements `VirtualMemory`. A handle is a CUmemGenericAllocationHandle as an integer.
 
     Args:
         device: the CUDA device; its primary context is made current here, in the calling thread.
         chunk_bytes: a multiple of the allocation granularity (2 MiB on A100 and H100).
+        margin_bytes: memory of the device that no chunk is made from, whoever else takes memory there.
+        use_native: make the calls in C, and those of `submit` by a thread, if the helper can be built.
     """
 
-    def __init__(self, device: torch.device, chunk_bytes: int) -> None:
+    def __init__(
+        self, device: torch.device, chunk_bytes: int, margin_bytes: int = 0, use_native: bool = True
+    ) -> None:
         self._device = device
         self._index = device.index or 0
         torch.cuda.set_device(self._index)
@@ -42,9 +50,9 @@ class CudaVirtualMemory:
         self._access = driver.CUmemAccessDesc()
         self._access.location = self._properties.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        self.chunk_bytes = chunk_bytes
-        self.num_calls = 0
         self._ranges: dict[int, int] = {}
+        self._limits = (chunk_bytes, margin_bytes)
+        super().__init__(chunk_bytes, self._make_mapper(native.load() if use_native else None), _explain)
 
     def reserve(self, num_chunks: int) -> int:
         nbytes = num_chunks * self.chunk_bytes
@@ -52,44 +60,94 @@ class CudaVirtualMemory:
         self._ranges[address] = nbytes
         return address
 
-    def create(self) -> int:
-        self.num_calls += 1
-        return int(_call(driver.cuMemCreate, self.chunk_bytes, self._properties, 0))
-
-    def map(self, address: int, handles: Sequence[int]) -> None:
-        self.num_calls += len(handles)
-        mapped = 0
-        try:
-            for handle in handles:
-                at = driver.CUdeviceptr(address + mapped * self.chunk_bytes)
-                _call(
-                    driver.cuMemMap, at, self.chunk_bytes, 0, driver.CUmemGenericAllocationHandle(handle), 0
-                )
-                mapped += 1
-            nbytes = mapped * self.chunk_bytes
-            _call(driver.cuMemSetAccess, driver.CUdeviceptr(address), nbytes, [self._access], 1)
-        except DriverError:
-            if mapped:
-                _call(driver.cuMemUnmap, driver.CUdeviceptr(address), mapped * self.chunk_bytes)
-            raise
-
-    def unmap(self, address: int, num_chunks: int) -> None:
-        self.num_calls += num_chunks
-        _call(driver.cuMemUnmap, driver.CUdeviceptr(address), num_chunks * self.chunk_bytes)
-
-    def release(self, handle: int) -> None:
-        self.num_calls += 1
-        _call(driver.cuMemRelease, driver.CUmemGenericAllocationHandle(handle))
-
     def view(self, address: int, num_chunks: int) -> torch.Tensor:
         """torch asks the driver about the first address only: refused if that is not mapped."""
         return torch.as_tensor(_DeviceArray(address, num_chunks * self.chunk_bytes), device=self._device)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
+        super().close()
         for address, nbytes in self._ranges.items():
             _call(driver.cuMemAddressFree, driver.CUdeviceptr(address), nbytes)
         self._ranges.clear()
+
+    def _make_mapper(self, library: native.Library | None) -> Mapper:
+        if library is None:
+            return PythonMapper(_PythonCalls(self._properties, self._access, *self._limits))
+        cuda = native.CudaFunctions(
+            **{name: _address(function) for name, function in _FUNCTIONS.items()},
+            context=int(_call(driver.cuCtxGetCurrent)),
+            properties=self._properties.getPtr(),
+            access=self._access.getPtr(),
+            chunk_bytes=self._limits[0],
+            margin_bytes=self._limits[1],
+        )
+        calls = native.CallTable()
+        library.quick.cuda_fill(ctypes.byref(cuda), ctypes.byref(calls))
+        calls.owner = (cuda, self._properties, self._access)
+        return native.NativeMapper(library, calls)
+
+
+class _PythonCalls:
+    """Implements `mapper.Calls`."""
+
+    def __init__(self, properties: Any, access: Any, chunk_bytes: int, margin_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._properties = properties
+        self._access = access
+        self._margin_bytes = margin_bytes
+
+    def create(self) -> tuple[int, int]:
+        error, handle = driver.cuMemCreate(self._chunk_bytes, self._properties, 0)
+        return int(error), 0 if int(error) else int(handle)
+
+    def map(self, address: int, handle: int) -> int:
+        place, chunk = driver.CUdeviceptr(address), driver.CUmemGenericAllocationHandle(handle)
+        return int(driver.cuMemMap(place, self._chunk_bytes, 0, chunk, 0)[0])
+
+    def access(self, address: int) -> int:
+        place = driver.CUdeviceptr(address)
+        return int(driver.cuMemSetAccess(place, self._chunk_bytes, [self._access], 1)[0])
+
+    def unmap(self, address: int) -> int:
+        return int(driver.cuMemUnmap(driver.CUdeviceptr(address), self._chunk_bytes)[0])
+
+    def release(self, handle: int) -> int:
+        return int(driver.cuMemRelease(driver.CUmemGenericAllocationHandle(handle))[0])
+
+    def room(self) -> int:
+        error, free, _ = driver.cuMemGetInfo()
+        return sys.maxsize if int(error) else (free - self._margin_bytes) // self._chunk_bytes
+
+
+_FUNCTIONS = {
+    "set_current": "cuCtxSetCurrent",
+    "create": "cuMemCreate",
+    "map": "cuMemMap",
+    "set_access": "cuMemSetAccess",
+    "unmap": "cuMemUnmap",
+    "release": "cuMemRelease",
+    "memory_info": "cuMemGetInfo_v2",
+}
+_NAMES = {
+    Call.CREATE: "cuMemCreate",
+    Call.MAP: "cuMemMap",
+    Call.ACCESS: "cuMemSetAccess",
+    Call.UNMAP: "cuMemUnmap",
+    Call.RELEASE: "cuMemRelease",
+    Call.UNDO: "cuMemUnmap",
+}
+
+
+def _explain(failure: Failure) -> DriverError:
+    call, code = failure
+    if call is Call.MARGIN:
+        return DriverError("cuMemCreate", "no more than the margin is free on the device")
+    return DriverError(_NAMES[call], driver.CUresult(code).name)
+
+
+def _address(function: str) -> int:
+    return ctypes.cast(getattr(ctypes.CDLL("libcuda.so.1"), function), ctypes.c_void_p).value or 0
 
 
 class _DeviceArray:

@@ -5,6 +5,8 @@ one after another in one reservation, so that every sequence's token t is found 
 
     row = 1 + slot * rows_per_slot + t // T        offset = t % T
 
+A sequence that reads its first tokens through another slot has nothing in its own first rows.
+
 Row 0 is the guard: one chunk, mapped into every range and never taken away. It keeps the base of
 each range a valid pointer (drivers and launchers ask about it), and is where padding may point.
 """
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DriverError
 from engine.memory.chunks import ChunkPool
 from engine.memory.virtual_tensor import VirtualTensor
 
@@ -152,52 +154,93 @@ class KvCache:
         self.rows_per_slot = geometry.rows_for(max_tokens)
         num_rows = 1 + num_slots * self.rows_per_slot
         self.tensors = tuple(VirtualTensor(chunks, num_rows, "kv") for _ in range(geometry.num_groups))
-        self._slot_rows = [0] * num_slots
+        self._begin = [0] * num_slots  # own rows of a slot: from here ..
+        self._end = [0] * num_slots  # .. to here
+        self._highest = [0] * num_slots  # the furthest `_end` since a slot was opened
         for tensor in self.tensors:
-            tensor.alias(0, guard)
+            tensor.alias([0], [guard])
         views = [tensor.view(dtype) for tensor in self.tensors]
         self.layer_views = tuple(
             geometry.layer_view(views[layer // geometry.layers_per_group], num_rows, layer)
             for layer in range(geometry.num_layers)
         )
+        self._rows = tuple(view.view(torch.uint8).view(num_rows, geometry.chunk_bytes) for view in views)
 
     def first_row(self, slot: int) -> int:
         """The row of the slot's token 0, in every layer group."""
         return 1 + slot * self.rows_per_slot
 
-    def num_rows(self, slot: int) -> int:
-        """Rows of the slot that are backed, the same in every layer group."""
-        return self._slot_rows[slot]
+    def end(self, slot: int) -> int:
+        """Where the slot's backed rows end, counted from its first, the same in every layer group."""
+        return self._end[slot]
 
-    def num_warm_rows(self, slot: int, limit: int) -> int:
-        """Rows of an empty slot that need no driver call, counted from its beginning up to `limit`."""
+    def open(self, slot: int, begin: int) -> None:
+        """Start an empty slot whose own rows begin at `begin`."""
+        self._begin[slot] = self._end[slot] = self._highest[slot] = begin
+
+    def num_warm_rows(self, slot: int, begin: int, end: int) -> int:
+        """Rows from `begin` up to `end` of an empty slot that need no driver call, up to a gap."""
         tensor, first = self.tensors[0], self.first_row(slot)
-        count = 0
-        while count < limit and tensor.can_adopt(first + count):
+        count = begin
+        while count < end and tensor.can_adopt(first + count):
             count += 1
-        return count
+        return count - begin
 
     def num_missing(self, growth: Sequence[tuple[int, int]]) -> int:
         """Chunks that slots lack before they can hold so many tokens: (slot, tokens) of each."""
-        per_row, rows = self.geometry.tokens_per_chunk, self._slot_rows
+        per_row, end = self.geometry.tokens_per_chunk, self._end
         missing = [
-            -(-tokens // per_row) - rows[slot] for slot, tokens in growth if tokens > rows[slot] * per_row
+            -(-tokens // per_row) - end[slot] for slot, tokens in growth if tokens > end[slot] * per_row
         ]
         return self.geometry.num_groups * sum(missing)
 
     def missing(self, slot: int, num_tokens: int) -> list[tuple[VirtualTensor, int]]:
         """What to back before the slot can hold `num_tokens` tokens."""
         first = self.first_row(slot)
-        rows = range(first + self._slot_rows[slot], first + self.geometry.rows_for(num_tokens))
+        rows = range(first + self._end[slot], first + self.geometry.rows_for(num_tokens))
         return [(tensor, row) for row in rows for tensor in self.tensors]
 
     def grown(self, slot: int, num_tokens: int) -> None:
         """Note that what `missing` named is backed now."""
-        self._slot_rows[slot] = max(self._slot_rows[slot], self.geometry.rows_for(num_tokens))
+        self._end[slot] = max(self._end[slot], self.geometry.rows_for(num_tokens))
+        self._highest[slot] = max(self._highest[slot], self._end[slot])
 
-    def clear(self, slot: int) -> None:
-        """Let go of everything the slot holds."""
-        first = self.first_row(slot)
+    def alias(self, slot: int, from_slot: int, count: int) -> None:
+        """Map the next `count` rows of another slot into this one too, at the same tokens.
+
+        Raises:
+            DriverError: nothing has changed.
+        """
+        at = self._end[slot]
+        rows = range(self.first_row(slot) + at, self.first_row(slot) + at + count)
+        there = range(self.first_row(from_slot) + at, self.first_row(from_slot) + at + count)
+        for done, tensor in enumerate(self.tensors):
+            try:
+                tensor.alias(rows, [tensor.chunk_at(row) for row in there])
+            except DriverError:
+                for other in self.tensors[:done]:
+                    other.drop(rows)
+                raise
+        self._end[slot] += count
+        self._highest[slot] = self._end[slot]
+
+    def can_alias(self, slot: int, begin: int, end: int) -> bool:
+        """Whether nothing is mapped at these rows of an empty slot."""
+        rows = range(self.first_row(slot) + begin, self.first_row(slot) + end)
+        return all(tensor.is_empty(row) for tensor in self.tensors for row in rows)
+
+    def cut(self, slot: int, end: int, read_until: int | None = None) -> None:
+        """Let go of the slot's rows from `end` on, which no step after `read_until` reads."""
+        first, old = self.first_row(slot), self._end[slot]
+        self._end[slot] = min(max(end, self._begin[slot]), old)
         for tensor in self.tensors:
-            tensor.drop(range(first, first + self._slot_rows[slot]))
-        self._slot_rows[slot] = 0
+            tensor.drop(range(first + self._end[slot], first + old), read_until)
+
+    def used_rows(self, slot: int) -> tuple[int, int]:
+        """Own rows that the slot has had since it was opened: from, to."""
+        return self._begin[slot], self._highest[slot]
+
+    def copy_rows(self, source: int, target: int) -> None:
+        """Copy a row of every layer group on the device, in the order of the current stream."""
+        for rows in self._rows:
+            rows[target].copy_(rows[source])

@@ -2,26 +2,31 @@
 
 A step reserves all it needs, KV growth and activations, in one all-or-nothing transaction before it
 starts (eLLM section 4; without that, two half-served steps can block each other for good). Shortage is
-a value. In `static` mode the largest activation is set aside at start and never lent.
+a value. Sources, in this order: free chunks, the arena's idle tail, blocks that no sequence reads, the
+least useful first; what is still missing, the scheduler has to take from a sequence.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from engine.config import Mode
-from engine.errors import ConservationError, DriverError
+from engine.errors import ConfigError, ConservationError, DriverError
 from engine.memory.arena import ActivationArena, BufferSpec
-from engine.memory.chunks import ChunkPool
+from engine.memory.blocks import Match, Opened, TokenChain, Tokens
+from engine.memory.chunks import ChunkPool, Place
 from engine.memory.kv_cache import KvCache, KvGeometry
+from engine.memory.kv_slots import KvSlots
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
 from engine.messages import MemorySnapshot
 
 logger = logging.getLogger(__name__)
+
+_MAX_AHEAD = 256  # chunks on their way at once: what they cost to bring back bounds a wait to some 10 ms
 
 
 class MemoryPool:
@@ -30,14 +35,16 @@ class MemoryPool:
     Args:
         vm: the driver.
         total: chunks of the pool.
-        mode: `elastic` or `static`.
+        mode: `elastic`, `virtual` or `static`.
         geometry: how KV fills chunks.
         specs: the buffers of a forward pass.
-        num_slots: sequences that may hold KV at once.
+        num_seqs: sequences that may run at once.
         max_model_len: tokens of the longest sequence.
         max_step_tokens: tokens of the largest step.
         dtype: of keys and values.
         padded_sizes: tokens and rows that a step may be filled up to (CUDA graphs have fixed sizes).
+        num_slots: sequences that may hold KV at once, running or not.
+        caches_prefixes: whether KV outlives its sequence.
     """
 
     def __init__(  # noqa: PLR0913 - every argument is a fact of another owner
@@ -47,65 +54,91 @@ class MemoryPool:
         mode: Mode,
         geometry: KvGeometry,
         specs: Sequence[BufferSpec],
-        num_slots: int,
+        num_seqs: int,
         max_model_len: int,
         max_step_tokens: int,
         dtype: torch.dtype,
         padded_sizes: Sequence[int] = (),
+        num_slots: int | None = None,
+        caches_prefixes: bool = False,
     ) -> None:
         self._vm = vm
         self._mode = mode
+        self._step_chunks = 0
         self.chunks = ChunkPool(vm, total)
-        if mode == "static":
+        if mode != "elastic":
             self.chunks.create_all()
-        self.arena = ActivationArena(self.chunks, specs, max_step_tokens, num_slots, padded_sizes)
+        self.arena = ActivationArena(self.chunks, specs, max_step_tokens, num_seqs, padded_sizes)
         guard = self._take_or_raise(1, "guard")[0]
-        self.kv = KvCache(self.chunks, geometry, num_slots, max_model_len, dtype, guard)
+        self._floor = self.arena.max_chunks if mode != "elastic" else 1
+        self.arena.tensor.map(range(self._floor), self._take_or_raise(self._floor, "activation"))
+        if mode == "static":
+            num_slots = self._slots_that_fit(geometry, num_seqs, max_model_len)
+        self.kv = KvCache(self.chunks, geometry, num_slots or num_seqs, max_model_len, dtype, guard)
         self.kv.layer_views[0][0].zero_()
-        self._free_slots = list(range(num_slots))
-        self._warm_rows = [0] * num_slots  # an upper bound: rows may have been stolen since
-        self._kv_tokens = [0] * num_slots
-        floor = self.arena.max_chunks if mode == "static" else 1
-        self.arena.tensor.map(range(floor), self._take_or_raise(floor, "activation"))
+        if mode == "static":
+            self._back_every_slot(max_model_len)
+        self._slots = KvSlots(self.kv, self.chunks, caches_prefixes, is_static=mode == "static")
+        self.prefixes = self._slots.prefixes
+        self._kv_tokens = [0] * self.kv.num_slots
 
     @property
     def num_free_slots(self) -> int:
         """Slots that `open_slot` could give out."""
-        return len(self._free_slots)
+        return self._slots.num_free
+
+    @property
+    def created_bytes(self) -> int:
+        """Physical memory behind the pool's chunks."""
+        return self.chunks.num_created * self._vm.chunk_bytes
+
+    def resize(self, num_bytes: int) -> None:
+        """Another budget; no smaller than what is there already."""
+        self.chunks.resize(num_bytes // self._vm.chunk_bytes)
+        if self._mode != "elastic":
+            self.chunks.create_all()
 
     def room_for_kv(self, num_tokens: int, num_rows: int) -> int:
         """Chunks KV could gain beside a step of that size; negative if the step alone is too large."""
         spare = self.arena.num_backed - self.arena.chunks_for(num_tokens, num_rows)
-        if self._mode == "static":
+        if self._mode != "elastic":
             spare = min(spare, 0)
-        return self.chunks.num_free + spare
+        else:
+            spare = min(spare, max(0, self.arena.num_backed - self._floor))
+        return self.chunks.num_free + self._slots.num_evictable + spare
 
     def fits_step(self, num_tokens: int, num_rows: int) -> bool:
         """Whether a step of that size could run now if KV stayed as it is."""
         is_within = self.arena.chunks_for(num_tokens, num_rows) <= self.arena.max_chunks
         return is_within and self.room_for_kv(num_tokens, num_rows) >= 0
 
+    def keep_backed(self, num_tokens: int, num_rows: int) -> None:
+        """Never take from the arena what a step of that size needs: CUDA graphs replay there."""
+        self._floor = max(self._floor, self.arena.chunks_for(num_tokens, num_rows))
+
     def chunks_to_grow(self, slot: int, num_tokens: int) -> int:
         """Chunks the slot lacks to hold `num_tokens` tokens."""
         return self.kv.num_missing(((slot, num_tokens),))
 
-    def open_slot(self, num_tokens: int) -> int | None:
-        """An empty slot, or None. Best fit (eLLM): the fewest warm rows that still cover the sequence."""
-        if not self._free_slots:
-            return None
-        need = self.kv.geometry.rows_for(num_tokens)
-        slot = self._covering_slot(need)
-        if slot is None:
-            slot = max(self._free_slots, key=lambda s: (self._warm_rows[s], -s))
-        self._free_slots.remove(slot)
-        return slot
+    def match(self, chain: TokenChain, tokens: Tokens, num_tokens: int, draft: int) -> Match | None:
+        """What of a sequence is there already, or will be when the draft of that number has run."""
+        return self.prefixes.match(chain, tokens, num_tokens, draft)
 
-    def close_slot(self, slot: int) -> None:
-        """Give a slot and its KV back. The chunks stay mapped until somebody needs them."""
-        self._warm_rows[slot] = self.kv.num_rows(slot)
-        self.kv.clear(slot)
+    def chunks_to_open(self, match: Match | None, num_tokens: int) -> int:
+        """Chunks that room for KV loses if a sequence of that length is opened on a match, in the end."""
+        return self._slots.chunks_to_open(match, num_tokens)
+
+    def open_slot(self, match: Match | None, chain: TokenChain, num_tokens: int) -> Opened | None:
+        """A slot for a sequence of so many tokens, on what there is of it; None if there is no slot."""
+        opened = self._slots.open(match, chain, num_tokens)
+        if opened is not None:
+            self._kv_tokens[opened.slot] = opened.num_tokens
+        return opened
+
+    def close_slot(self, slot: int, chain: TokenChain, tokens: Sequence[int]) -> None:
+        """Give a slot back, with KV of `tokens` in it. It is kept until somebody needs the memory."""
         self._kv_tokens[slot] = 0
-        self._free_slots.append(slot)
+        self._slots.close(slot, chain, tokens)
 
     def reserve(self, growth: Sequence[tuple[int, int]], num_tokens: int, num_rows: int) -> bool:
         """Back everything a step needs, or nothing.
@@ -115,34 +148,58 @@ class MemoryPool:
             num_tokens, num_rows: size of the step.
 
         Returns:
-            False if memory is short or the driver refused; nothing has changed then.
+            False if memory is short now or the driver refused: no sequence has gained or lost anything.
         """
-        wanted = [
-            (self.arena.tensor, row)
-            for row in self.arena.missing_rows(self.arena.chunks_for(num_tokens, num_rows))
-        ]
+        arena_rows = self.arena.missing_rows(self.arena.chunks_for(num_tokens, num_rows))
+        wanted: list[tuple[VirtualTensor, int]] = [(self.arena.tensor, row) for row in arena_rows]
         for slot, tokens in growth:
             wanted += self.kv.missing(slot, tokens)
-        kv_chunks = sum(tensor is not self.arena.tensor for tensor, _ in wanted)
-        if kv_chunks > self.room_for_kv(num_tokens, num_rows) or not self._back(wanted, num_tokens, num_rows):
+        if len(wanted) - len(arena_rows) > self.room_for_kv(num_tokens, num_rows):
+            return False
+        if wanted and not self._back(wanted, num_tokens, num_rows):
             return False
         for slot, tokens in growth:
             self.kv.grown(slot, tokens)
             self._kv_tokens[slot] = tokens
+        self._step_chunks = self.arena.chunks_for(num_tokens, num_rows)
         return True
 
     def launched(self, step: int) -> None:
         """A reserved step is about to run: nothing it may read is unmapped before it finishes."""
         self.chunks.launched(step)
+        self.arena.used(step, self._step_chunks)
+        self.prefixes.newest_step = step
 
     def finished(self, step: int) -> None:
         """The step has finished on the device."""
         self.chunks.finished(step)
 
-    def trim(self) -> int:
-        """Give every free chunk back to the system, the arena's idle tail included; bytes released."""
+    def map_ahead(self, growth: Iterable[tuple[int, int]]) -> None:
+        """Let the mapping thread prepare slots that will soon hold so many tokens, from free chunks."""
+        self.chunks.receive()
+        room = _MAX_AHEAD - self.chunks.num_sent
+        targets: list[Place] = []
+        for slot, tokens in growth:
+            if len(targets) >= room:
+                break
+            targets += [
+                (tensor, row) for tensor, row in self.kv.missing(slot, tokens) if tensor.is_empty(row)
+            ]
+        if targets:
+            self._slots.evict(len(targets) - self.chunks.num_free + self.chunks.num_sent)
+            self.chunks.send_ahead(targets[:room])
+
+    def trim(self, drops_cache: bool = False) -> int:
+        """Give every free chunk back to the system, the arena's idle tail included; bytes released.
+
+        Args:
+            drops_cache: what no sequence reads is given up first.
+        """
+        if drops_cache:
+            self._slots.evict(self._slots.num_evictable)
         if self._mode == "elastic":
-            self.arena.shrink(1)
+            self.arena.shrink(self._floor)
+        self.chunks.settle()
         return self.chunks.trim() * self._vm.chunk_bytes
 
     def snapshot(self) -> MemorySnapshot:
@@ -152,7 +209,8 @@ class MemoryPool:
             chunk_bytes=self._vm.chunk_bytes,
             total=chunks.total,
             free=chunks.num_free,
-            kv=chunks.num_owned("kv"),
+            kv=chunks.num_owned("kv") - self._slots.num_evictable,
+            cached=self._slots.num_evictable,
             activation=chunks.num_owned("activation"),
             guard=chunks.num_owned("guard"),
             retiring=chunks.num_retiring,
@@ -160,63 +218,66 @@ class MemoryPool:
             created=chunks.num_created,
             kv_tokens=sum(self._kv_tokens),
             driver_calls=self._vm.num_calls,
+            driver_calls_beside=self._vm.num_calls_beside,
         )
 
     def check(self) -> None:
         """Raise ConservationError if a chunk is lost or counted twice, or the counts disagree."""
         self.chunks.check()
+        self.prefixes.check()
         now = self.snapshot()
-        if now.free + now.kv + now.activation + now.guard + now.retiring != now.total:
+        if now.free + now.kv + now.cached + now.activation + now.guard + now.retiring != now.total:
             raise ConservationError(f"free + owned + retiring != total: {now}")
 
-    def _covering_slot(self, need: int) -> int | None:
-        for slot in sorted(self._free_slots, key=lambda s: self._warm_rows[s]):
-            if self._warm_rows[slot] >= need:
-                found = self.kv.num_warm_rows(slot, need)
-                if found >= need:
-                    return slot
-                self._warm_rows[slot] = found
-        return None
-
     def _back(self, wanted: Sequence[tuple[VirtualTensor, int]], num_tokens: int, num_rows: int) -> bool:
+        if any(tensor.is_awaited(row) for tensor, row in wanted):
+            self.chunks.receive(wait=True)
         adopted = [(tensor, row) for tensor, row in wanted if tensor.can_adopt(row)]
         empty = [(tensor, row) for tensor, row in wanted if tensor.is_empty(row)]
         if len(adopted) + len(empty) < len(wanted):
             return False  # a shared chunk is still being read where the new one has to go
         for tensor, row in adopted:
             tensor.adopt(row)
-        short = len(empty) - self.chunks.num_free
-        if short > 0 and self._mode == "elastic":
-            self.arena.shrink(max(self.arena.num_backed - short, self.arena.chunks_for(num_tokens, num_rows)))
+        self._make_room(len(empty), num_tokens, num_rows)
         if self._map(empty):
             return True
         for tensor, row in adopted:
             tensor.drop([row])
+        self.chunks.settle()
         return False
 
-    def _map(self, wanted: Sequence[tuple[VirtualTensor, int]]) -> bool:
-        by_tensor: dict[VirtualTensor, list[int]] = {}
-        for tensor, row in wanted:
-            by_tensor.setdefault(tensor, []).append(row)
-        mapped: list[tuple[VirtualTensor, list[int]]] = []
-        for tensor, rows in by_tensor.items():
-            if not self._take_and_map(tensor, rows):
-                for done, done_rows in mapped:
-                    done.drop(done_rows)
-                return False
-            mapped.append((tensor, rows))
-        return True
+    def _make_room(self, num_chunks: int, num_tokens: int, num_rows: int) -> None:
+        """Let so many chunks become free, from the arena's idle tail first."""
+        short = num_chunks - self.chunks.num_free
+        if short > 0 and self._mode == "elastic":
+            least = max(self._floor, self.arena.chunks_for(num_tokens, num_rows))
+            if least < self.arena.num_backed:
+                self.arena.shrink(max(self.arena.num_backed - short, least))
+                self.chunks.settle()
+            short = num_chunks - self.chunks.num_free - self.chunks.num_retiring
+        if short > 0:
+            self._slots.evict(short)
 
-    def _take_and_map(self, tensor: VirtualTensor, rows: list[int]) -> bool:
-        chunks = self.chunks.take(len(rows), tensor.owner)
-        if chunks is None:
-            return False
+    def _map(self, places: Sequence[tuple[VirtualTensor, int]]) -> bool:
+        by_owner: dict[str, list[tuple[VirtualTensor, int]]] = {}
+        for tensor, row in places:
+            by_owner.setdefault(tensor.owner, []).append((tensor, row))
+        taken: list[int] = []
+        ordered = [place for group in by_owner.values() for place in group]
+        for owner, group in by_owner.items():
+            chunks = self.chunks.take(len(group), owner)
+            if chunks is None:
+                self.chunks.put_back(taken)
+                return False
+            taken += chunks
         try:
-            tensor.map(rows, chunks)
+            self.chunks.map(ordered, taken)
         except DriverError as error:
             logger.warning("the step has to wait for memory: %s", error)
-            self.chunks.put_back(chunks)
+            self.chunks.put_back(taken)
             return False
+        for tensor, row in ordered:
+            tensor.back(row)
         return True
 
     def _take_or_raise(self, count: int, owner: str) -> list[int]:
@@ -224,3 +285,22 @@ class MemoryPool:
         if chunks is None:
             raise ConservationError(f"the pool of {self.chunks.total} chunks is too small to start")
         return chunks
+
+    def _slots_that_fit(self, geometry: KvGeometry, num_seqs: int, max_model_len: int) -> int:
+        fits = self.chunks.num_free // geometry.chunks_for(max_model_len)
+        if not fits:
+            raise ConfigError(
+                f"memory.mode static backs every sequence for max_model_len ({max_model_len} tokens, "
+                f"{geometry.chunks_for(max_model_len)} chunks), and {self.chunks.num_free} chunks are left: "
+                "lower max_model_len or max_num_batched_tokens, or choose another mode"
+            )
+        return min(num_seqs, fits)
+
+    def _back_every_slot(self, max_model_len: int) -> None:
+        for slot in range(self.kv.num_slots):
+            places = self.kv.missing(slot, max_model_len)
+            chunks = self._take_or_raise(len(places), "kv")
+            self.chunks.map(places, chunks)
+            for tensor, row in places:
+                tensor.back(row)
+            self.kv.grown(slot, max_model_len)

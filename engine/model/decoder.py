@@ -23,29 +23,36 @@ class Batch:
 
     Attributes:
         input_ids, positions: (tokens,) int64.
-        pending_slots, is_pending: (num_decodes,) int64 and bool: the decodes whose token is still only
-            on the device, and the slots it was chosen for.
+        pending_seats, is_pending: (num_decodes,) int64 and bool: the decodes whose token is still only
+            on the device, and the seats it was chosen for.
         token_first_rows: (tokens,) int64, the first KV row of each token's sequence.
         num_decodes: leading tokens that are pieces of their own.
         decode_first_rows: (num_decodes,) int64.
+        decode_shared_first_rows, decode_shared_lens: (num_decodes,) int64 and int32: the first tokens of a
+            sequence, a multiple of T, lie from that row on instead.
         decode_context_lens: (num_decodes,) int32, with the new token.
         query_starts: (prefills + 1,) int32, where each prefill piece begins among the prefill tokens.
         prefill_first_rows: (prefills,) int64.
+        prefill_shared_first_rows, prefill_shared_lens: (prefills,) int64 and int32, as for decodes.
         prefill_context_lens: (prefills,) int32, with the new tokens.
         max_query_len: tokens of the longest prefill piece.
         sample_indices: (rows,) int64, the tokens whose logits are wanted; None is all of them.
     """
 
     input_ids: torch.Tensor
-    pending_slots: torch.Tensor
+    pending_seats: torch.Tensor
     is_pending: torch.Tensor
     positions: torch.Tensor
     token_first_rows: torch.Tensor
     num_decodes: int
     decode_first_rows: torch.Tensor
+    decode_shared_first_rows: torch.Tensor
+    decode_shared_lens: torch.Tensor
     decode_context_lens: torch.Tensor
     query_starts: torch.Tensor
     prefill_first_rows: torch.Tensor
+    prefill_shared_first_rows: torch.Tensor
+    prefill_shared_lens: torch.Tensor
     prefill_context_lens: torch.Tensor
     max_query_len: int
     sample_indices: torch.Tensor | None
@@ -145,6 +152,8 @@ class Decoder:
                 q[:split],
                 kv,
                 batch.decode_first_rows,
+                batch.decode_shared_first_rows,
+                batch.decode_shared_lens,
                 batch.decode_context_lens,
                 self._scale,
                 views.workspace,
@@ -156,6 +165,8 @@ class Decoder:
                 kv,
                 batch.query_starts,
                 batch.prefill_first_rows,
+                batch.prefill_shared_first_rows,
+                batch.prefill_shared_lens,
                 batch.prefill_context_lens,
                 batch.max_query_len,
                 self._scale,

@@ -29,10 +29,12 @@ _COLUMNS: tuple[tuple[str, torch.dtype, str], ...] = (
     ("input_ids", torch.int64, "tokens"),
     ("positions", torch.int64, "tokens"),
     ("token_first_rows", torch.int64, "tokens"),
-    ("pending_slots", torch.int64, "decodes"),
+    ("pending_seats", torch.int64, "decodes"),
     ("first_rows", torch.int64, "sequences"),
+    ("shared_first_rows", torch.int64, "sequences"),
     ("sample_indices", torch.int64, "rows"),
     ("context_lens", torch.int32, "sequences"),
+    ("shared_lens", torch.int32, "sequences"),
     ("query_starts", torch.int32, "starts"),
     ("is_pending", torch.bool, "decodes"),
 )
@@ -138,7 +140,8 @@ class StepInputs:
         to["context_lens"][:count] = starts + 1
         to["token_first_rows"][:count] = rows
         to["first_rows"][:count] = rows
-        to["pending_slots"][:count] = [piece.slot for piece in pieces]
+        to["pending_seats"][:count] = [piece.seat for piece in pieces]
+        self._write_shared(to, pieces, 0)
         return [index for index, piece in enumerate(pieces) if piece.samples]
 
     def _write_prefills(self, to: Columns, pieces: Sequence[Piece], num_decodes: int) -> list[int]:
@@ -157,25 +160,40 @@ class StepInputs:
                 sampled.append(end - 1)
             at = end
         to["query_starts"][len(pieces) :] = at - num_decodes  # padding has no queries
+        self._write_shared(to, pieces, num_decodes)
         return sampled
+
+    def _write_shared(self, to: Columns, pieces: Sequence[Piece], at: int) -> None:
+        lens = [piece.shared_tokens for piece in pieces]
+        to["shared_lens"][at : at + len(pieces)] = lens
+        if any(lens):
+            rows = [self._slots.first_row(piece.shared_slot) for piece in pieces]
+            to["shared_first_rows"][at : at + len(pieces)] = rows
+        else:
+            to["shared_first_rows"][at : at + len(pieces)] = 0
 
     @staticmethod
     def _batch(tensors: dict[str, torch.Tensor], plan: StepPlan, counts: Counts) -> Batch:
         decodes, prefills = counts.decodes, plan.pieces[plan.num_decodes :]
         first_rows, context_lens = tensors["first_rows"], tensors["context_lens"]
+        shared_rows, shared_lens = tensors["shared_first_rows"], tensors["shared_lens"]
         is_padded = counts.tokens > plan.num_tokens
         longest = max((len(piece.token_ids) for piece in prefills), default=0)
         return Batch(
             input_ids=tensors["input_ids"],
-            pending_slots=tensors["pending_slots"],
+            pending_seats=tensors["pending_seats"],
             is_pending=tensors["is_pending"],
             positions=tensors["positions"],
             token_first_rows=tensors["token_first_rows"],
             num_decodes=decodes,
             decode_first_rows=first_rows[:decodes],
+            decode_shared_first_rows=shared_rows[:decodes],
+            decode_shared_lens=shared_lens[:decodes],
             decode_context_lens=context_lens[:decodes],
             query_starts=tensors["query_starts"],
             prefill_first_rows=first_rows[decodes:],
+            prefill_shared_first_rows=shared_rows[decodes:],
+            prefill_shared_lens=shared_lens[decodes:],
             prefill_context_lens=context_lens[decodes:],
             max_query_len=counts.tokens - decodes if is_padded else longest,
             sample_indices=None if counts.rows == counts.tokens else tensors["sample_indices"],

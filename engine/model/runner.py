@@ -34,6 +34,8 @@ class KvLayers(Protocol):
 
     def first_row(self, slot: int) -> int: ...
 
+    def copy_rows(self, source: int, target: int) -> None: ...
+
 
 class ModelRunner:
     """Runs plans on one device.
@@ -41,7 +43,7 @@ class ModelRunner:
     Args:
         decoder: with its weights on `device`.
         arena, kv_cache: the memory of the pool; what a plan needs has been reserved before `run`.
-        last_tokens: (slots or more,) int64 on the device, the newest token chosen for each slot. What a
+        last_tokens: (seats or more,) int64 on the device, the newest token chosen for each seat. What a
             plan calls pending is read from here.
         max_tokens, max_sequences: the largest plan.
     """
@@ -71,6 +73,8 @@ class ModelRunner:
         """Start a step: logits (rows or more, vocab), first those of the pieces that sample, in the plan's
         order. On a GPU it returns before they are computed; they hold until the next call.
         """
+        for copy in plan.copies:
+            self._kv_cache.copy_rows(copy.source_row, copy.target_row)
         shape = self._shapes.fitting(plan)
         if shape is None or not self._arena.is_backed(shape.tokens, shape.rows):
             return self._forward(self._inputs.put(plan), plan.num_tokens, plan.num_rows)
@@ -99,7 +103,7 @@ class ModelRunner:
         count = batch.num_decodes
         if count:
             ids, gathered = batch.input_ids[:count], self._gathered[:count]
-            torch.index_select(self._last_tokens, 0, batch.pending_slots, out=gathered)
+            torch.index_select(self._last_tokens, 0, batch.pending_seats, out=gathered)
             torch.where(batch.is_pending, gathered, ids, out=ids)
         buffers = self._arena.buffers(num_tokens, num_rows)
         return self._decoder.forward(batch, self._kv_cache.layer_views, buffers)

@@ -77,13 +77,15 @@ class _Tensors:
 
 @torch.inference_mode()
 def _run_prefill(facts: ModelFacts, t: _Tensors) -> None:
-    facts.kernels.prefill_attention(t.q, t.kv, t.starts, t.rows, t.lens, 1, 1.0, t.out)
+    shared = t.rows, torch.zeros_like(t.lens)
+    facts.kernels.prefill_attention(t.q, t.kv, t.starts, t.rows, *shared, t.lens, 1, 1.0, t.out)
 
 
 @torch.inference_mode()
 def _run_decode(facts: ModelFacts, t: _Tensors) -> None:
     facts.kernels.decode_plan(t.kv, t.lens, t.workspace)
-    facts.kernels.decode_attention(t.q, t.kv, t.rows, t.lens, 1.0, t.workspace, t.out)
+    shared = t.rows, torch.zeros_like(t.lens)
+    facts.kernels.decode_attention(t.q, t.kv, t.rows, *shared, t.lens, 1.0, t.workspace, t.out)
 
 
 @torch.inference_mode()

@@ -31,12 +31,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class Problem:
-    """`batch` sequences, each with `queries` new tokens after `cached` older ones."""
+    """`batch` sequences, each with `queries` new tokens after `cached` older ones.
+
+    The first `shared` of those are the same in all sequences and lie in memory once: whole rows and pages.
+    """
 
     batch: int
     queries: int
     cached: int
     heads: Heads = Heads()
+    shared: int = 0
 
     @property
     def context(self) -> int:
@@ -50,15 +54,18 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """Such as `decode 64 x 8192` or `prefill 8 x 2048 + 14336`."""
+        """Such as `decode 64 x 8192`, `decode 256 x (4096 shared + 128)` or `prefill 8 x 2048 + 14336`."""
         if self.is_decode:
-            return f"decode {self.batch} x {self.context}"
-        return f"prefill {self.batch} x {self.queries} + {self.cached}"
+            own = self.context - self.shared
+            return f"decode {self.batch} x {f'({self.shared} shared + {own})' if self.shared else own}"
+        cached = f"({self.shared} shared + {self.cached - self.shared})" if self.shared else self.cached
+        return f"prefill {self.batch} x {self.queries} + {cached}"
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values, read once."""
-        return self.batch * self.context * self.heads.kv * self.heads.dim * 2 * 2
+        """Keys and values, read once: shared ones once for all sequences."""
+        tokens = self.shared + self.batch * (self.context - self.shared)
+        return tokens * self.heads.kv * self.heads.dim * 2 * 2
 
     @property
     def flop(self) -> float:
@@ -91,6 +98,9 @@ class Case:
         self.q = normal(problem.batch * problem.queries, heads.query, heads.dim)
         self.k = normal(problem.batch, problem.context, heads.kv, heads.dim)
         self.v = normal(problem.batch, problem.context, heads.kv, heads.dim)
+        self.k[:, : problem.shared], self.v[:, : problem.shared] = (
+            both[:1, : problem.shared].clone() for both in (self.k, self.v)
+        )
         self.starts = self._int32([index * problem.queries for index in range(problem.batch + 1)])
         self.lens = self._int32([problem.context] * problem.batch)
         self._pages: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -102,38 +112,55 @@ class Case:
         return torch.randperm(count, generator=self._generator, device=self.device)
 
     @cached_property
-    def pool(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Our layout: (rows, 2, T, kv heads, dim) of one layer inside its chunks, and first rows.
+    def pool(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Our layout: (rows, 2, T, kv heads, dim) of one layer inside its chunks, and where KV lies in it.
 
+        That is first rows, shared first rows and shared lengths. Rows of the shared prefix come first.
         Memory beyond a context is NaN where a row is not full.
+
+        Raises:
+            ValueError: what is shared is no whole number of rows.
         """
         problem = self.problem
-        rows = -(-problem.context // TOKENS_PER_ROW)
-        shape = (problem.batch * rows, LAYERS, 2, TOKENS_PER_ROW, problem.heads.kv, problem.heads.dim)
+        if problem.shared % TOKENS_PER_ROW:
+            raise ValueError(f"{problem.name} shares no whole number of rows of {TOKENS_PER_ROW} tokens")
+        shared = problem.shared // TOKENS_PER_ROW
+        own = -(-problem.context // TOKENS_PER_ROW) - shared
+        shape = (shared + problem.batch * own, LAYERS, 2, TOKENS_PER_ROW, problem.heads.kv, problem.heads.dim)
         kv = torch.full(shape, float("nan"), **self._like)[:, LAYER]
         order = self._shuffle(problem.batch)
+        self._fill(kv, 0, 0, problem.shared)
         for sequence, place in enumerate(order.tolist()):
-            for index, source in enumerate((self.k, self.v)):
-                for row in range(rows):
-                    tokens = source[sequence, row * TOKENS_PER_ROW : (row + 1) * TOKENS_PER_ROW]
-                    kv[place * rows + row, index, : tokens.shape[0]] = tokens
-        return kv, order * rows
+            self._fill(kv[shared + place * own :], sequence, problem.shared, problem.context)
+        lens = self._int32([problem.shared] * problem.batch)
+        return kv, (order * own, torch.zeros_like(order), lens)
+
+    def _fill(self, kv: torch.Tensor, sequence: int, begin: int, end: int) -> None:
+        """Write tokens from `begin` to `end` of a sequence into rows from the first on."""
+        for index, source in enumerate((self.k, self.v)):
+            for row, tokens in enumerate(source[sequence, begin:end].split(TOKENS_PER_ROW)):
+                kv[row, index, : tokens.shape[0]] = tokens
 
     def pages(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Paged caches of K and V, (pages, size, kv heads, dim), and the int32 block table.
 
         Raises:
-            ValueError: the context is no whole number of pages.
+            ValueError: the context, or what of it is shared, is no whole number of pages.
         """
         if size not in self._pages:
             problem = self.problem
-            if problem.context % size:
+            if problem.context % size or problem.shared % size:
                 raise ValueError(f"{problem.name} is no whole number of pages of {size} tokens")
-            count = problem.batch * problem.context // size
+            shared = problem.shared // size
+            count = shared + problem.batch * (problem.context // size - shared)
+            shape = (size, problem.heads.kv, problem.heads.dim)
             order = self._shuffle(count)
-            k, v = torch.empty((2, count, size, problem.heads.kv, problem.heads.dim), **self._like)
-            k[order], v[order] = self.k.reshape(k.shape), self.v.reshape(v.shape)
-            self._pages[size] = k, v, order.view(problem.batch, -1).int()
+            k, v = torch.empty((2, count, *shape), **self._like)
+            for cache, source in ((k, self.k), (v, self.v)):
+                cache[order[:shared]] = source[0, : problem.shared].reshape(-1, *shape)
+                cache[order[shared:]] = source[:, problem.shared :].reshape(-1, *shape)
+            own = order[shared:].view(problem.batch, -1)
+            self._pages[size] = k, v, torch.cat((order[:shared].expand(problem.batch, -1), own), 1).int()
         return self._pages[size]
 
     def token_places(self, count: int, page: int) -> torch.Tensor:

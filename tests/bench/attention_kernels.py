@@ -27,16 +27,16 @@ _SGLANG_SCHEDULE = 256  # its scheduling kernel covers that many sequences
 def ours(case: Case) -> Launch:
     """This repository's kernels for the case's device."""
     kernels = backend.for_device(case.device)
-    kv, first_rows = case.pool
+    kv, places = case.pool
     heads, out = case.problem.heads, torch.empty_like(case.q)
     if not case.problem.is_decode:
         return lambda: kernels.prefill_attention(
-            case.q, kv, case.starts, first_rows, case.lens, case.problem.queries, heads.scale, out
+            case.q, kv, case.starts, *places, case.lens, case.problem.queries, heads.scale, out
         )
     floats = kernels.decode_workspace_floats(heads.query, heads.kv, heads.dim)
     workspace = torch.empty(floats, dtype=torch.float32, device=case.device)
     kernels.decode_plan(kv, case.lens, workspace)
-    return lambda: kernels.decode_attention(case.q, kv, first_rows, case.lens, heads.scale, workspace, out)
+    return lambda: kernels.decode_attention(case.q, kv, *places, case.lens, heads.scale, workspace, out)
 
 
 def flash_attention_3(case: Case, page: int) -> Launch:

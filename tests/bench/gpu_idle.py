@@ -22,7 +22,9 @@ _BUSY_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
 _SETTLE_TOKENS = 4  # by then every prefill is over
 _UNRECORDED_STEPS = 40
 _RECORDED_STEPS = 30
+_STARTING_STEPS = 2
 _TOP_KERNELS = 12
+_MOST_SEQUENCES = 256  # that the benchmarks' engine runs at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,13 @@ def idle_of(events: list[tuple[str, float, float]], batch: int, step_ms: float, 
     )
 
 
+def can_be_steady(workload: Workload) -> bool:
+    """Whether all its requests decode at once for as long as the measurement takes."""
+    steps = 2 * _SETTLE_TOKENS + _UNRECORDED_STEPS + _STARTING_STEPS + _RECORDED_STEPS
+    is_short = any(request.output_tokens < steps for request in workload.requests)
+    return not is_short and not workload.has_sessions and len(workload.requests) <= _MOST_SEQUENCES
+
+
 def steady_decode_idle(engine: BallonetStepper, workload: Workload) -> Idle:
     """Idle share with all requests of the workload decoding at once. Cancels them at the end.
 
@@ -128,7 +137,7 @@ def steady_decode_idle(engine: BallonetStepper, workload: Workload) -> Idle:
     steps(_UNRECORDED_STEPS)
     torch.cuda.synchronize()
     step_ms = (time.perf_counter() - started) / _UNRECORDED_STEPS * 1e3
-    _record(lambda: steps(2))  # the first recording pays for starting CUPTI
+    _record(lambda: steps(_STARTING_STEPS))  # the first recording pays for starting CUPTI
     events = _record(lambda: steps(_RECORDED_STEPS))
     for index in range(batch):
         engine.engine.cancel(f"idle-{index}")

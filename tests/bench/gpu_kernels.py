@@ -4,7 +4,8 @@ Every kernel of a case computes the same problem, and its result is compared wit
 counts. Each is captured in a CUDA graph of several calls; rounds go over all of them in turn, so that
 clocks and temperature hurt all alike; medians are reported. A rival that cannot be imported or run keeps
 its line, with the reason. Shares are of an H100's ceilings: 3.35 TB/s by its data sheet, 798 TFLOP/s as
-measured for a bf16 matrix product. The last line is JSON.
+measured for a bf16 matrix product. A prefix that all sequences share counts once in them, which a kernel that
+reads it for each sequence cannot reach. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from tests.bench.attention_kernels import RIVALS, Builder, Launch, ours
 from tests.bench.machine import machine
 
 DECODES = [(256, 1024), (64, 8192), (16, 32768), (4, 131072), (1, 131072), (8, 4096), (1, 1024)]
+# Beside each other: every sequence with a context of its own, and all of them behind one prompt of 4k tokens.
+SHARING_DECODES = [Problem(256, 1, 4223), Problem(256, 1, 4223, shared=4096)]
 PREFILLS = [
     (1, 4096, 0),
     (1, 16384, 0),
@@ -52,7 +55,7 @@ class Timing:
 
 def problems(kinds: str) -> list[Problem]:
     """The cases of `decode`, `prefill` or `all`."""
-    decodes = [Problem(batch, 1, context - 1) for batch, context in DECODES]
+    decodes = [Problem(batch, 1, context - 1) for batch, context in DECODES] + SHARING_DECODES
     prefills = [Problem(*shape) for shape in PREFILLS]
     return {"decode": decodes, "prefill": prefills, "all": decodes + prefills}[kinds]
 
@@ -165,7 +168,7 @@ def lines(problem: Problem, timings: Mapping[str, Timing]) -> list[str]:
     text = []
     our_ms = timings[OURS].ms
     for name, timing in timings.items():
-        start = f"{problem.name if name == OURS else '':26} {name:14}"
+        start = f"{problem.name if name == OURS else '':32} {name:14}"
         if timing.ms is None or our_ms is None:
             text.append(f"{start} {timing.note}")
             continue

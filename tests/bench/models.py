@@ -1,4 +1,7 @@
-"""The models that benchmarks run: Llama-3.1-8B's shape with random weights, and the CPU demo model."""
+"""The models that benchmarks run: Llama-3.1-8B's shape with random weights, and the CPU demo model.
+
+`llama-8b-256k` is the same shape and says that it takes 262,144 tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
+from tests.bench.engine_options import EngineOptions
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -32,33 +36,43 @@ LLAMA_8B: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 DEMO_MODEL = Path.home() / ".cache" / "ballonet" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-MODELS = ("llama-8b", "demo")
+LLAMAS = {"llama-8b": LLAMA_8B, "llama-8b-256k": LLAMA_8B | {"max_position_embeddings": 262144}}
+MODELS = (*LLAMAS, "demo")
 
 
-def write_llama_8b(folder: Path) -> Path:
-    """A directory that has the shape and no weights: what `load_format="dummy"` needs."""
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+def write_llama(model: str, folder: Path) -> Path:
+    """A directory that has a shape and no weights: what `load_format="dummy"` needs."""
+    (folder / "config.json").write_text(json.dumps(LLAMAS[model]))
     return folder
 
 
-def engine_config(model: str, folder: Path, kv_gib: float | None) -> EngineConfig:
+def write_llama_8b(folder: Path) -> Path:
+    """The same for Llama-3.1-8B as it is."""
+    return write_llama("llama-8b", folder)
+
+
+def engine_config(model: str, folder: Path, options: EngineOptions | None = None) -> EngineConfig:
     """Our engine for a model: a whole GPU for Llama-8B, a laptop for the demo.
 
     Args:
         folder: where the configuration may be written.
-        kv_gib: memory of the pool, KV and activations together; None is all there is.
+        options: what differs from that.
+
+    Raises:
+        ConfigError: options that cannot be.
     """
-    pool = None if kv_gib is None else int(kv_gib * 1024) * MIB
-    if model == "llama-8b":
-        return EngineConfig(
-            ModelSource(model, str(write_llama_8b(folder)), load_format="dummy"),
-            MemoryConfig(pool_bytes=pool),
+    if model in LLAMAS:
+        config = EngineConfig(
+            ModelSource(model, str(write_llama(model, folder)), load_format="dummy"),
+            MemoryConfig(),
             SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192),
             device="cuda",
         )
-    return EngineConfig(
-        ModelSource(model, str(DEMO_MODEL), dtype="float32"),
-        MemoryConfig(pool_bytes=pool or 256 * MIB),
-        SchedulerConfig(max_num_seqs=16),
-        max_model_len=512,
-    )
+    else:
+        config = EngineConfig(
+            ModelSource(model, str(DEMO_MODEL), dtype="float32"),
+            MemoryConfig(pool_bytes=256 * MIB),
+            SchedulerConfig(max_num_seqs=16),
+            max_model_len=512,
+        )
+    return (options or EngineOptions()).applied_to(config)

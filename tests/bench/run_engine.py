@@ -2,7 +2,8 @@
 
     python -m tests.bench.run_engine --engine ballonet --model demo --workload demo-8x64+32 --out result.json
 
-`engine_side_by_side` starts it, once for each engine, since each wants the whole card.
+`engine_side_by_side` and `ablation_ladder` start it, once for each engine or setting, since each wants the
+whole card.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,16 +23,19 @@ import torch
 
 from cluster.bench import report
 from cluster.bench.floor import CEILINGS, ModelShape, floor_of
+from cluster.bench.named import named_workload
 from cluster.bench.summary import Summary, summarise
-from cluster.bench.workload import BenchError, Workload, named_workload
+from cluster.bench.workload import BenchError, Workload
 from engine.errors import BallonetError
-from tests.bench.gpu_idle import steady_decode_idle
-from tests.bench.in_process import BallonetStepper, Stepper, VllmStepper, drive
+from tests.bench import engine_options
+from tests.bench.engine_options import EngineOptions
+from tests.bench.gpu_idle import can_be_steady, steady_decode_idle
+from tests.bench.in_process import BallonetStepper, Driven, Stepper, VllmStepper, drive
 from tests.bench.machine import machine
-from tests.bench.models import LLAMA_8B, MODELS, engine_config, write_llama_8b
+from tests.bench.models import LLAMAS, MODELS, engine_config, write_llama
 
 ENGINES = ("ballonet", "vllm")
-_WARM_UP = {"llama-8b": "warm-up-32x512+16", "demo": "demo-single-64+32"}
+WARM_UP = dict.fromkeys(LLAMAS, "warm-up-32x512+16") | {"demo": "demo-single-64+32"}
 _ROUND_SEED = 1000  # each round has prompts of its own, or a prefix cache would answer for the engine
 _PERCENTILES = (50.0, 99.0)
 
@@ -40,31 +45,50 @@ def main() -> None:
 
     Exit status 2 for options that cannot be, 1 for what this machine cannot run; both say why.
     """
+    parser = make_parser()
+    args = parser.parse_args()
+    workloads = checked_workloads(parser, args.workload, args)
+    options = engine_options.check(parser, args)
+    _check_engine(parser, args)
+    if args.idle and not can_be_steady(workloads[0]):
+        parser.error(f"--idle: the requests of {workloads[0].name} do not all decode at once for long enough")
+    try:
+        result = _measure(args, options, workloads)
+    except BallonetError as error:
+        raise SystemExit(f"{args.engine} cannot run this: {error}") from error
+    args.out.write_text(json.dumps(result))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--model", choices=MODELS, default="llama-8b")
     parser.add_argument("--workload", action="append", required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kv-gib", type=float)
+    add_round_arguments(parser)
+    engine_options.add_arguments(parser)
     parser.add_argument("--idle", action="store_true", help="measure the GPU's idle share too (ballonet)")
     parser.add_argument("--started", type=float, default=time.time(), help="when the process was started")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    workloads = checked_workloads(parser, args.workload, args.rounds)
-    _check_engine(parser, args)
-    try:
-        result = _measure(args, workloads)
-    except BallonetError as error:
-        raise SystemExit(f"{args.engine} cannot run this: {error}") from error
-    args.out.write_text(json.dumps(result))
+    return parser
 
 
-def checked_workloads(parser: argparse.ArgumentParser, names: Sequence[str], rounds: int) -> list[Workload]:
-    """The workloads of those names; exit status 2 for an unknown one, and where there is no round."""
-    if rounds < 1:
-        parser.error(f"--rounds must be at least 1, not {rounds}")
+def add_round_arguments(parser: argparse.ArgumentParser) -> None:
+    """How often each workload is run, and how much of it."""
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, help="submit no request after so many of a round")
+
+
+def checked_workloads(
+    parser: argparse.ArgumentParser, names: Sequence[str], args: argparse.Namespace
+) -> list[Workload]:
+    """The workloads of those names; exit status 2 for an unknown one, and where nothing would be run."""
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {args.rounds}")
+    if args.seconds is not None and not args.seconds > 0:
+        parser.error(f"--seconds must be above 0, not {args.seconds}")
     try:
         return [named_workload(name) for name in names]
     except BenchError as error:
@@ -72,8 +96,10 @@ def checked_workloads(parser: argparse.ArgumentParser, names: Sequence[str], rou
 
 
 def _check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.engine == "vllm" and args.model != "llama-8b":
-        parser.error("vLLM is measured with --model llama-8b")
+    if args.engine == "vllm" and args.model not in LLAMAS:
+        parser.error("vLLM is measured with --model llama-8b or llama-8b-256k")
+    if args.engine == "vllm" and args.mode is not None:
+        parser.error("--mode is of our memory: leave it out for --engine vllm")
     if args.idle and (args.engine != "ballonet" or args.model == "demo"):
         parser.error("--idle is for --engine ballonet --model llama-8b: it reads the GPU's own records")
     if args.model != "demo" and not torch.cuda.is_available():
@@ -82,16 +108,20 @@ def _check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         raise SystemExit("vLLM cannot be imported: name the folder that it is in with PYTHONPATH")
 
 
-def _measure(args: argparse.Namespace, workloads: Sequence[Workload]) -> dict[str, Any]:
+def _measure(
+    args: argparse.Namespace, options: EngineOptions, workloads: Sequence[Workload]
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        engine = _load(args, Path(folder))
+        engine = _load(args, options, Path(folder))
         ready_s = time.time() - args.started
         print(f"{args.engine} ready after {ready_s:.1f} s", flush=True)
         started = time.perf_counter()
-        drive(engine, named_workload(_WARM_UP[args.model]))
+        drive(engine, named_workload(WARM_UP[args.model]))
         print(f"warmed up in {time.perf_counter() - started:.1f} s", flush=True)
         result: dict[str, Any] = {
             "engine": args.engine,
+            "model": args.model,
+            "options": options.told(),
             "ready_s": round(ready_s, 2),
             "rounds": {workload.name: _rounds(engine, workload, args) for workload in workloads},
             **machine(),
@@ -101,29 +131,31 @@ def _measure(args: argparse.Namespace, workloads: Sequence[Workload]) -> dict[st
         return result
 
 
-def _load(args: argparse.Namespace, folder: Path) -> Stepper:
+def _load(args: argparse.Namespace, options: EngineOptions, folder: Path) -> Stepper:
     if args.engine == "ballonet":
-        return BallonetStepper(engine_config(args.model, folder, args.kv_gib))
-    return VllmStepper(write_llama_8b(folder), args.kv_gib)
+        return BallonetStepper(engine_config(args.model, folder, options))
+    return VllmStepper(write_llama(args.model, folder), options)
 
 
 def _rounds(engine: Stepper, workload: Workload, args: argparse.Namespace) -> list[dict[str, Any]]:
     figures = []
     for number in range(args.rounds):
         again = replace(workload, seed=workload.seed + number * _ROUND_SEED)
-        summary = summarise(*drive(engine, again), percentiles=_PERCENTILES)
-        figures.append(report.figures(summary) | _share(summary, workload, args.model))
+        driven = drive(engine, again, submit_for_s=args.seconds or math.inf)
+        summary = summarise(driven.records, driven.duration_s, percentiles=_PERCENTILES)
+        figures.append(report.figures(summary) | driven.steps | _share(summary, driven, args.model))
         print(f"{workload.name} round {number + 1}: {summary.output_tok_s:.1f} output tok/s", flush=True)
         if summary.failed:
+            print(json.dumps(figures[-1]))  # the file is not written, and a long run is worth reading
             raise SystemExit(f"{summary.failed} requests failed; the first: {summary.first_error}")
     return figures
 
 
-def _share(summary: Summary, workload: Workload, model: str) -> dict[str, Any]:
-    """The workload's floor on an H100, beside what it took."""
-    if model != "llama-8b":
+def _share(summary: Summary, driven: Driven, model: str) -> dict[str, Any]:
+    """The floor on an H100 of what was run, beside what it took."""
+    if model not in LLAMAS:
         return {}
-    floor = floor_of(workload, ModelShape.from_config(LLAMA_8B), CEILINGS["h100"])
+    floor = floor_of(driven.workload, ModelShape.from_config(LLAMAS[model]), CEILINGS["h100"])
     return {
         "floor_s": round(floor.floor_s, 4),
         "phases_s": round(floor.phases_s, 4),

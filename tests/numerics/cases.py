@@ -46,14 +46,25 @@ class AttentionShape:
         return [t + 1, 1, 3 * t + 5, t, max(1, t - 1)]
 
 
+# By sequence: whose first rows hold its prefix, and how many rows of it. An owner shares no prefix itself.
+Sharing = dict[int, tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Context:
     """The KV of a batch: in a pool as kernels see it, and as plain tensors for the oracle."""
 
     kv: torch.Tensor
     first_rows: torch.Tensor
+    shared_first_rows: torch.Tensor
+    shared_lens: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The arguments of attention that say where KV lies."""
+        return self.first_rows, self.shared_first_rows, self.shared_lens
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -83,10 +94,17 @@ def poisoned_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def make_context(
-    shape: AttentionShape, lengths: list[int], dtype: torch.dtype, device: torch.device
+    shape: AttentionShape,
+    lengths: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    sharing: Sharing | None = None,
 ) -> Context:
-    """Sequences of these lengths in rows of their own, in shuffled order with rows of NaN between."""
-    t = shape.tokens_per_row
+    """Sequences of these lengths in shuffled order, with rows of NaN between.
+
+    A sequence that shares a prefix has rows of its own for it too, which are NaN.
+    """
+    sharing, t = sharing or {}, shape.tokens_per_row
     num_rows = [-(-length // t) for length in lengths]
     kv_shape = (sum(num_rows) + len(lengths) + 1, NUM_LAYERS, 2, t, shape.kv_heads, shape.head_dim)
     pool = torch.full(kv_shape, float("nan"), dtype=dtype)
@@ -96,16 +114,30 @@ def make_context(
     for index in torch.randperm(len(lengths)).tolist():
         first_rows[index] = next_row
         next_row += num_rows[index] + 1
-    for length, first_row in zip(lengths, first_rows, strict=True):
+    owners = [sharing.get(index, (index, 0)) for index in range(len(lengths))]
+    for index, (length, first_row) in enumerate(zip(lengths, first_rows, strict=True)):
         k = torch.randn(length, shape.kv_heads, shape.head_dim).to(dtype)
         v = torch.randn(length, shape.kv_heads, shape.head_dim).to(dtype)
-        for token in range(length):
+        for token in range(owners[index][1] * t, length):
             kv[first_row + token // t, 0, token % t] = k[token]
             kv[first_row + token // t, 1, token % t] = v[token]
         keys.append(k)
         values.append(v)
+    for index, (owner, shared) in sharing.items():
+        assert owner not in sharing
+        assert shared * t <= min(lengths[index] - 1, lengths[owner])
+        keys[index][: shared * t], values[index][: shared * t] = (
+            both[owner][: shared * t] for both in (keys, values)
+        )
     return Context(
-        pool.to(device)[:, 1], torch.tensor(first_rows, dtype=torch.int64, device=device), keys, values
+        kv=pool.to(device)[:, 1],
+        first_rows=torch.tensor(first_rows, dtype=torch.int64, device=device),
+        shared_first_rows=torch.tensor(
+            [first_rows[owner] if shared else 0 for owner, shared in owners], dtype=torch.int64, device=device
+        ),
+        shared_lens=int32([shared * t for _, shared in owners], device),
+        keys=keys,
+        values=values,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import reference, triton_backend
+from kernels import prefill_attention, reference, triton_backend
 from kernels.backend import Kernels
 from tests.numerics.cases import Backend
 
@@ -28,6 +28,18 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> Backend:
     else:
         kernels, where = triton_backend, device
     return Backend(kernels, where)
+
+
+@pytest.fixture
+def on_hopper(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips on other GPUs, and lets nothing pass through the portable kernel."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        pytest.skip("not a Hopper GPU")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the portable kernel was chosen")
+
+    monkeypatch.setattr(prefill_attention, "_prefill_portable", refuse)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,12 @@
 """A program that compiles every kernel of a model without a GPU, and prints what became of each.
 
 `python -m tests.numerics.kernel_assembly CONFIG_DIR [GPU]`, without TRITON_INTERPRET: one line of JSON,
-kernel name -> `spills`, accesses to local memory (LDL, STL), which are spilled registers; `is_dependent`,
-whether it may start before the kernel ahead has ended; `waits`, whether every program of it waits for that
-before it ends. The launchers are the engine's own, called as its warm-up calls them; only the driver below
-them is made up. A kernel that wants more shared memory than the GPU has is an error, as on the GPU. (The
-Hopper prefill kernel wants tensors on a GPU: `prefill_assembly` compiles that one.)
+kernel name -> `spills`, accesses to local memory (LDL, STL), which are spilled registers; `async_copies`,
+loads that run on while others are computed with (LDGSTS); `is_dependent`, whether it may start before the
+kernel ahead has ended; `waits`, whether every program of it waits for that before it ends. The launchers
+are the engine's own, called as its warm-up calls them; only the driver below them is made up. A kernel that
+wants more shared memory than the GPU has is an error, as on the GPU. (The Hopper prefill kernel wants
+tensors on a GPU: `prefill_assembly` compiles that one.)
 """
 
 from __future__ import annotations
@@ -87,9 +88,11 @@ def main(config_dir: str, gpu: str = "h100") -> None:
     for name, code in driver.loaded:
         text = disassemble(code)
         seen = found_in.setdefault(
-            name, {"spills": 0, "is_dependent": name in driver.dependents, "waits": True}
+            name,
+            {"spills": 0, "async_copies": 0, "is_dependent": name in driver.dependents, "waits": True},
         )
         seen["spills"] += len(re.findall(r"\b(?:LDL|STL)\b", text))
+        seen["async_copies"] += len(re.findall(r"\bLDGSTS\b", text))
         seen["waits"] &= "ACQBULK" in re.split(r"\bEXIT\b", text)[0]
     print(json.dumps(found_in))
 

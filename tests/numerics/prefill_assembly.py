@@ -38,7 +38,17 @@ def compile_for_hopper(variant: Variant) -> bytes:
     """The machine code for sm_90."""
     names = prefill_kernel.arg_names
     first = names.index("HEADS")
-    types = [descriptor(variant.q_box), descriptor(variant.kv_box), "*bf16", "*i32", "*i64", "*i32", "*i32"]
+    types = [
+        descriptor(variant.q_box),
+        descriptor(variant.kv_box),
+        "*bf16",
+        "*i32",
+        "*i64",
+        "*i64",
+        "*i32",
+        "*i32",
+        "*i32",
+    ]
     types += ["fp32", "i32", "i32", "i32", "i32", "i32"] + ["constexpr"] * (len(names) - first)
     constants = {(first + index,): value for index, value in enumerate(variant.constants())}
     aligned = {(names.index("out_ptr"),): [["tt.divisibility", 16]]}

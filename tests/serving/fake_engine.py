@@ -1,7 +1,8 @@
 """An engine actor without a model: the shape of `engine.actor.EngineActor`, tokens by arithmetic.
 
-What a prompt of one token asks for:  token 1 is answered at once, 2 slowly and without end, 3 is
-refused as a wrong request, 4 as overload, 5 kills the process after one token.
+What the first token of a prompt asks for:  token 1 is answered at once, 2 slowly and without end, 3 is
+refused as a wrong request, 4 as overload, 5 kills the process after one token. A prompt that was seen with
+the same salt is cached but for its last token, in a chunk of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from engine.messages import (
     TokenDelta,
 )
 
+TOTAL, CHUNK_BYTES = 64, 1 << 20
 QUICK, SLOW, WRONG, FULL, FATAL = 1, 2, 3, 4, 5
 
 
@@ -30,6 +32,9 @@ class FakeEngine:
         self._running: set[str] = set()
         self._finished: Counter[str] = Counter()
         self._generated = 0
+        self._cache: set[tuple[str, tuple[int, ...]]] = set()
+        self._created = TOTAL
+        self._queries = self._hits = 0
 
     async def info(self) -> EngineInfo:
         if self._config.model.source == "missing":
@@ -55,6 +60,7 @@ class FakeEngine:
         if order == FULL:
             raise OverloadedError("the queue is full (1)", 7.0)
         self._running.add(request.request_id)
+        self._created = max(self._created, len(self._running) + len(self._cache))
         reason = "cancelled"
         try:
             async for delta in self._tokens(request, order):
@@ -67,10 +73,17 @@ class FakeEngine:
 
     async def _tokens(self, request: GenerateRequest, order: int) -> AsyncGenerator[TokenDelta, None]:
         last = request.sampling.max_tokens - 1
+        key = (request.cache_salt, request.prompt_token_ids)
+        cached = len(request.prompt_token_ids) - 1 if key in self._cache else 0
+        self._cache.add(key)
+        self._queries += len(request.prompt_token_ids)
+        self._hits += cached
         for step in range(last + 1):
             await asyncio.sleep(0.05 if order == SLOW else 0.005)
             reason = "length" if step == last else None
-            yield TokenDelta(request.request_id, (100 + step,), finish_reason=reason)
+            yield TokenDelta(
+                request.request_id, (100 + step,), finish_reason=reason, num_cached_tokens=cached
+            )
             if request.request_id not in self._running:
                 yield TokenDelta(request.request_id, (), finish_reason="cancelled")
                 return
@@ -80,17 +93,26 @@ class FakeEngine:
     async def cancel(self, request_id: str) -> None:
         self._running.discard(request_id)
 
+    async def trim(self, drop_cache: bool = False) -> int:
+        if self._config.model.model_id == "narrow":
+            raise EngineDeadError("the step loop has ended")
+        if drop_cache:
+            self._cache.clear()
+        before, self._created = self._created, len(self._running) + len(self._cache)
+        return (before - self._created) * CHUNK_BYTES
+
     async def snapshot(self) -> EngineSnapshot:
         memory = MemorySnapshot(
-            chunk_bytes=1 << 20,
-            total=64,
-            free=64 - len(self._running),
+            chunk_bytes=CHUNK_BYTES,
+            total=TOTAL,
+            free=TOTAL - len(self._running) - len(self._cache),
             kv=len(self._running),
+            cached=len(self._cache),
             activation=0,
             guard=0,
             retiring=0,
             warm=0,
-            created=64,
+            created=self._created,
             kv_tokens=len(self._running),
             driver_calls=1,
         )
@@ -106,6 +128,8 @@ class FakeEngine:
             finished=tuple(self._finished.items()),
             last_step_s=0.001,
             memory=memory,
+            prefix_queries=self._queries,
+            prefix_hits=self._hits,
         )
 
     async def check_health(self) -> None:

@@ -87,7 +87,8 @@ def test_nothing_is_lost_and_nothing_stays(demo_url: str) -> None:
     assert outcomes["left"] >= NUM_REQUESTS // 10
     after = _settled(client)
     memory = after.memory
-    assert memory.free + memory.kv + memory.activation + memory.guard + memory.retiring == memory.total
+    owned = memory.kv + memory.cached + memory.activation + memory.guard
+    assert memory.free + owned + memory.retiring == memory.total
     assert memory.kv == memory.kv_tokens == memory.retiring == 0
     finished = dict(after.finished)
     assert finished.get("error", 0) == before.get("error", 0)

@@ -19,8 +19,8 @@ from cluster import launch
 from cluster.client import Client, ClientError
 from cluster.controller import ClusterView
 from engine.messages import EngineSnapshot
-from tests.serving.conftest import ROUTE, build_fake, llm, serve_file
-from tests.serving.fake_engine import FATAL, FULL, QUICK, SLOW, WRONG
+from tests.serving.conftest import ADMIN_KEY, ROUTE, build_fake, llm, serve_file
+from tests.serving.fake_engine import CHUNK_BYTES, FATAL, FULL, QUICK, SLOW, WRONG
 
 pytestmark = pytest.mark.ray
 
@@ -131,6 +131,42 @@ def test_our_own_client(base_url: str) -> None:
         client.chat("other", [{"role": "user", "content": "word1"}], pieces.append)
 
 
+def test_cached_tokens_and_salts_go_through_everything(http: httpx.Client, base_url: str) -> None:
+    def cached(**fields: Any) -> int:
+        body = _body(QUICK, 2) | {"prompt": [QUICK, 7, 7, 7, 7]} | fields
+        answer = http.post("/v1/completions", json=body).raise_for_status().json()
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert [cached(), cached(), cached(cache_salt="a"), cached(cache_salt="a")] == [0, 4, 0, 4]
+    assert _engine(base_url).prefix_hits >= 8
+
+
+def test_trimming_reaches_every_group_and_leaves_requests_alone(http: httpx.Client, base_url: str) -> None:
+    admin = Client(base_url, ADMIN_KEY)
+
+    def physical() -> list[int]:
+        return sorted(group.memory.created for group in admin.status()["pair"])
+
+    before = physical()
+    with http.stream("POST", "/v1/completions", json=_body(SLOW, 40, "pair", stream=True)) as response:
+        lines = response.iter_lines()
+        next(lines)
+        given = admin.trim("pair", drop_cache=True)["pair"]
+        after = physical()
+        rest = list(lines)
+    assert "data: [DONE]" in rest
+    assert after == [0, 1]  # the sequence that runs keeps its chunk
+    assert sum(one for one in given if isinstance(one, int)) == (sum(before) - 1) * CHUNK_BYTES
+    with pytest.raises(ClientError, match="HTTP 403: this route takes an admin key"):
+        Client(base_url).trim("pair")
+
+
+def test_trimming_tells_which_engine_failed(base_url: str) -> None:
+    given = Client(base_url, ADMIN_KEY).trim()
+    assert given["narrow"] == ["the step loop has ended"]
+    assert [isinstance(one, int) for one in given["fake"] + given["pair"]] == [True] * 3
+
+
 def test_the_controller_sees_every_group(base_url: str) -> None:
     handle = serve.get_deployment_handle("Controller", "fake")
 
@@ -152,12 +188,12 @@ def test_metrics_reach_rays_endpoint(http: httpx.Client) -> None:
         "ray_ballonet_time_to_first_token_seconds_bucket",
         "ray_ballonet_request_success_total",
         "ray_ballonet_num_requests_running",
-        "ray_ballonet_pool_bytes",
+        "ray_ballonet_memory_bytes",
         "ray_ballonet_controller_groups",
     ]
     _eventually(lambda: all(name in httpx.get(url).text for name in wanted), 30)
     line = next(
-        line for line in httpx.get(url).text.splitlines() if line.startswith("ray_ballonet_pool_bytes{")
+        line for line in httpx.get(url).text.splitlines() if line.startswith("ray_ballonet_memory_bytes{")
     )
     assert 'deployment="TpGroup-' in line
     assert 'model_name="' in line

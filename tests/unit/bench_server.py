@@ -17,6 +17,12 @@ def text(words: str, reason: str | None = None) -> str:
     return "data: " + json.dumps({"choices": [{"text": words, "finish_reason": reason}]}) + "\n\n"
 
 
+def ids(words: str, *token_ids: int, reason: str | None = None) -> str:
+    """An event of the completions endpoint that tells its tokens, as vLLM does where it is asked to."""
+    choice = {"text": words, "token_ids": token_ids, "finish_reason": reason}
+    return "data: " + json.dumps({"choices": [choice]}) + "\n\n"
+
+
 def usage(prompt: int, completion: int) -> str:
     """The event that counts the tokens."""
     counts = {"prompt_tokens": prompt, "completion_tokens": completion}
@@ -39,6 +45,7 @@ class FakeServer:
             number and a text are a status and its body, a dict is a JSON body without a stream.
         hangs_after: requests after which every further one waits for a minute; None for never.
         fails_after: requests after which every further one gets a 500; None for never.
+        refuses: a field whose requests get a 400.
         bodies, headers: of the requests that came.
         most_open: most requests that were being answered at once.
     """
@@ -47,6 +54,7 @@ class FakeServer:
         self.script: list[Any] = FOUR_TOKENS
         self.fails_after: int | None = None
         self.hangs_after: int | None = None
+        self.refuses: str | None = None
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.open = self.most_open = 0
@@ -90,7 +98,8 @@ class FakeServer:
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
-            return await self._answer(request, body.get("script", self.script))
+            refused = [400, f"{self.refuses} is not supported"] if self.refuses in body else None
+            return await self._answer(request, refused or body.get("script", self.script))
         finally:
             self.open -= 1
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from cluster.tokenizer import Tokenizer
 from cluster.tokenizer_files import TokenizerFiles
+from engine.errors import BallonetError
 from engine.messages import (
     EngineInfo,
     EngineSnapshot,
@@ -53,8 +54,9 @@ def text_script(
     size: int = 1,
     finish: FinishReason = "stop",
     error: str | None = None,
+    cached: int = 0,
 ) -> Script:
-    """Plays `text`, `size` bytes a delta; `stop` adds the end token."""
+    """Plays `text`, `size` bytes a delta; `stop` adds the end token; `cached` tokens of the prompt."""
     data = text.encode() if isinstance(text, str) else text
     tokens = [*data, END] if finish == "stop" else list(data)
 
@@ -68,6 +70,7 @@ def text_script(
                 fake_logprobs(piece, request.sampling.logprobs),
                 finish if last else None,
                 error if last else None,
+                num_cached_tokens=cached,
             )
 
     return play
@@ -96,6 +99,8 @@ class FakeModel:
     requests: list[GenerateRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     num_yielded: int = 0
+    released: list[int | BallonetError] = field(default_factory=lambda: [4096])
+    trims: list[bool] = field(default_factory=list)
 
     async def info(self) -> EngineInfo:
         if self.info_error is not None:
@@ -128,8 +133,12 @@ class FakeModel:
     async def snapshot(self) -> list[EngineSnapshot]:
         if self.info_error is not None:
             raise self.info_error
-        memory = MemorySnapshot(4096, 10, 4, 3, 2, 0, 1, 0, 10, 5, 7)
-        return [EngineSnapshot(self.model_id, 1.0, 0, 1, 2, 0, 3, 4, (("stop", 1),), 0.1, memory)]
+        memory = MemorySnapshot(4096, 10, 3, 3, 1, 2, 0, 1, 0, 10, 5, 7, weight_bytes=9)
+        return [EngineSnapshot(self.model_id, 1.0, 0, 1, 2, 0, 3, 4, (("stop", 1),), 0.1, memory, 8, 6)]
+
+    async def trim(self, drop_cache: bool) -> list[int | BallonetError]:
+        self.trims.append(drop_cache)
+        return self.released
 
 
 class RecordingObserver:

@@ -103,6 +103,10 @@ class ScrambledKv:
     def first_row(self, slot: int) -> int:
         return self._first_rows[slot]
 
+    def copy_rows(self, source: int, target: int) -> None:
+        for view in self.layer_views:
+            view[target] = view[source]
+
 
 def make_runner(decoder: Decoder, specs: tuple[BufferSpec, ...], kv: ScrambledKv) -> ModelRunner:
     last_tokens = torch.zeros(8, dtype=torch.int64)
@@ -110,7 +114,7 @@ def make_runner(decoder: Decoder, specs: tuple[BufferSpec, ...], kv: ScrambledKv
 
 
 def piece(slot: int, tokens: list[int], start: int, end: int, samples: bool = True) -> Piece:
-    return Piece(f"request-{slot}", slot, start, tuple(tokens[start:end]), samples)
+    return Piece(f"request-{slot}", slot, slot, start, tuple(tokens[start:end]), samples)
 
 
 def plan(*pieces: Piece) -> StepPlan:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cluster.metrics import Metric
-from engine.messages import EngineInfo, EngineSnapshot, MemorySnapshot
+from engine.messages import EngineSnapshot, MemorySnapshot
 
 MEMORY = MemorySnapshot(
     chunk_bytes=1 << 20,
     total=100,
     free=60,
-    kv=25,
+    kv=20,
+    cached=5,
     activation=10,
     guard=2,
     retiring=3,
@@ -19,8 +20,12 @@ MEMORY = MemorySnapshot(
     created=80,
     kv_tokens=400,
     driver_calls=90,
+    driver_calls_beside=40,
+    balloon=6,
+    weight_bytes=7 << 20,
+    graph_bytes=3 << 20,
+    workspace_bytes=1 << 20,
 )
-INFO = EngineInfo("a", "cpu", "float32", 512, 1000, (2,), 100 << 20, 7 << 20, 16, 1, 0.5)
 
 
 def snapshot(model_id: str, scale: int = 1) -> EngineSnapshot:
@@ -37,6 +42,8 @@ def snapshot(model_id: str, scale: int = 1) -> EngineSnapshot:
         finished=(("stop", 5), ("length", 1)),
         last_step_s=0.02,
         memory=MEMORY,
+        prefix_queries=300 * scale,
+        prefix_hits=100 * scale,
     )
 
 

@@ -76,6 +76,9 @@ WRONG_ANYWHERE: list[tuple[dict[str, Any], str | None]] = [
     ({"priority": 1}, "priority"),
     ({"length_penalty": True}, "length_penalty"),
     ({"store": True}, "store"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": 7}, "cache_salt"),
+    ({"cache_salt": ["a"]}, "cache_salt"),
     ({"service_tier": "flex"}, "service_tier"),
     ({"temprature": 1}, "temprature"),
     ({"": 1}, ""),
@@ -184,6 +187,8 @@ NEUTRAL: dict[str, Any] = {
     "stop_token_ids": [],
     "stream": False,
     "stream_options": None,
+    "cache_salt": None,
+    "prompt_cache_key": "k",
 }
 
 

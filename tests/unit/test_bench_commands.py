@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.errors import BallonetError
-from tests.bench import engine_side_by_side, gpu_kernels, run_engine
+from tests.bench import ablation_ladder, engine_side_by_side, gpu_kernels, memory_targets, run_engine
 
 WRONG_OPTION = 2
 
@@ -39,6 +39,11 @@ def _engine_words(tmp_path: Path, *words: str) -> list[str]:
         (("--engine", "ballonet", "--model", "demo", "--idle"), "--idle is for"),
         (("--engine", "vllm", "--idle"), "--idle is for"),
         (("--engine", "vllm", "--model", "demo"), "vLLM is measured with --model llama-8b"),
+        (("--engine", "vllm", "--mode", "static"), "--mode is of our memory"),
+        (("--engine", "ballonet", "--mode", "paged"), "invalid choice: 'paged'"),
+        (("--engine", "ballonet", "--seconds", "0"), "--seconds must be above 0"),
+        (("--engine", "ballonet", "--max-num-seqs", "-1"), "--max-num-seqs must be above 0"),
+        (("--engine", "ballonet", "--idle", "--workload", "chats-64x10x1024"), "do not all decode at once"),
     ],
 )
 def test_options_of_one_engine_that_cannot_be(
@@ -59,6 +64,7 @@ def test_options_of_one_engine_that_cannot_be(
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--workload", "nope"], "no workload is called 'nope'"),
         (["--model", "demo"], "give --engines ballonet"),
+        (["--kv-gib", "0"], "--kv-gib must be above 0"),
     ],
 )
 def test_options_of_both_engines_that_cannot_be(
@@ -68,9 +74,35 @@ def test_options_of_both_engines_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mode", "static"], "name those to climb with --rungs"),
+        (["--rungs", "vllm"], "invalid choice: 'vllm'"),
+        (["--model", "demo", "--vllm-site", "."], "leave --vllm-site out"),
+        (["--seconds", "-1"], "--seconds must be above 0"),
+    ],
+)
+def test_options_of_the_ladder_that_cannot_be(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--workload", "demo-chats-4x3x96", *words]
+    assert _run(ablation_ladder, words, monkeypatch, gpu=True) == WRONG_OPTION
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--sizes", "0"], ["--sizes", "64", "--piece", "65"], ["--modes", "x"]])
+def test_options_of_the_memory_targets_that_cannot_be(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _run(memory_targets, words, monkeypatch, gpu=True) == WRONG_OPTION
+
+
 def test_a_machine_without_a_gpu_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_engine = _engine_words(tmp_path, "--engine", "ballonet")
-    for command, words in ((gpu_kernels, []), (engine_side_by_side, []), (run_engine, one_engine)):
+    ladder = ["--workload", "chats-64x10x1024"]
+    commands = ((gpu_kernels, []), (engine_side_by_side, []), (memory_targets, []))
+    for command, words in (*commands, (run_engine, one_engine), (ablation_ladder, ladder)):
         assert str(_run(command, words, monkeypatch)).startswith("no CUDA device")
 
 

@@ -1,4 +1,4 @@
-"""What drives engines in benchmarks, with engines that need no model: the clock, the books, the tables."""
+"""What benchmarks of engines and kernels print: idle shares, medians, tables, lines."""
 
 from __future__ import annotations
 
@@ -8,107 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.bench.summary import summarise
-from cluster.bench.workload import PlannedRequest, RandomPlan, Workload
-from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
+from cluster.bench.named import named_workload
 from kernels import reference
-from tests.bench import attention_kernels, engine_side_by_side, gpu_idle, gpu_kernels
+from tests.bench import attention_kernels, engine_side_by_side, gpu_idle, gpu_kernels, processes
 from tests.bench.attention_cases import Case, Heads, Problem
-from tests.bench.in_process import BallonetStepper, Gain, drive
-from tests.bench.models import LLAMA_8B, engine_config
-
-
-class Clock:
-    """Seconds that pass only when somebody works or sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-class SteadyEngine:
-    """One token for each open request a step of one second; `fails` names a request that ends in an error."""
-
-    def __init__(self, clock: Clock, fails: str | None = None, idle: bool = False) -> None:
-        self.clock, self.fails, self.idle = clock, fails, idle
-        self.prompts: dict[str, list[int]] = {}
-        self.left: dict[str, int] = {}
-        self.gained: list[Gain] = []
-
-    def submit(self, request_id: str, prompt: list[int], output_tokens: int) -> None:
-        self.prompts[request_id], self.left[request_id] = prompt, output_tokens
-
-    def step(self) -> bool:
-        if not self.left or self.idle:
-            return False
-        self.clock.now += 1.0
-        for name in list(self.left):
-            self.left[name] -= 1
-            error = "it broke" if name == self.fails else None
-            finished = self.left[name] == 0 or error is not None
-            self.gained.append(Gain(name, 1, finished, error, self.clock.now))
-            if finished:
-                del self.left[name]
-        return True
-
-    def gains(self) -> list[Gain]:
-        gained, self.gained = self.gained, []
-        return gained
-
-
-def test_a_request_counts_from_when_it_is_due() -> None:
-    clock = Clock()
-    requests = (PlannedRequest(0.0, 1, 3), PlannedRequest(0.5, 1, 2), PlannedRequest(10.0, 1, 1))
-    records, duration_s = drive(SteadyEngine(clock), Workload("w", requests, 0), clock, clock.sleep)
-    assert [record.start_s for record in records] == [0.0, 0.5, 10.0]
-    assert records[0].delta_times_s == [1.0, 2.0, 3.0]
-    assert records[1].delta_times_s == [2.0, 3.0]  # due half-way through the first step
-    assert records[1].ttft_s == 1.5
-    assert records[2].delta_times_s == [11.0]  # the driver slept until it was due
-    assert duration_s == 11.0
-    assert summarise(records, duration_s).output_tokens == 6
-
-
-def test_prompts_are_the_workloads() -> None:
-    clock = Clock()
-    engine, workload = SteadyEngine(clock), RandomPlan(2, 7, 1, seed=9).workload("w")
-    drive(engine, workload, clock, clock.sleep)
-    assert engine.prompts == {str(i): workload.token_ids(r) for i, r in enumerate(workload.requests)}
-
-
-def test_a_failed_request_is_a_failed_record() -> None:
-    clock = Clock()
-    workload = Workload("w", (PlannedRequest(0.0, 1, 3), PlannedRequest(0.0, 1, 3)), 0)
-    records, _ = drive(SteadyEngine(clock, fails="1"), workload, clock, clock.sleep)
-    assert [record.succeeded for record in records] == [True, False]
-    assert records[1].error == "it broke"
-
-
-def test_our_engine_is_driven_to_the_end(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 3000}
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | sizes))
-    source = ModelSource("tiny", str(tmp_path), load_format="dummy", dtype="float32")
-    memory, limits = MemoryConfig(pool_bytes=32 * MIB), SchedulerConfig(max_num_seqs=2)
-    engine = BallonetStepper(EngineConfig(source, memory, limits, max_model_len=256))
-    workload = RandomPlan(3, 20, 5, request_rate=50.0, vocab_size=3000).workload("w")
-    records, duration_s = drive(engine, workload)
-    assert [record.error for record in records] == [None] * 3
-    assert [record.output_tokens for record in records] == [5] * 3
-    assert all(0 < record.ttft_s <= record.e2el_s <= duration_s for record in records)
-
-
-def test_an_engine_that_forgets_a_request_is_found_out() -> None:
-    clock = Clock()
-    with pytest.raises(RuntimeError, match="1 requests are open"):
-        drive(
-            SteadyEngine(clock, idle=True), Workload("w", (PlannedRequest(0.0, 1, 1),), 0), clock, clock.sleep
-        )
+from tests.bench.engine_options import EngineOptions
+from tests.bench.models import engine_config
 
 
 def test_overlaps_count_once() -> None:
@@ -153,8 +58,8 @@ def _round(rate: float) -> dict[str, float]:
 
 
 def test_the_median_round_is_reported() -> None:
-    assert engine_side_by_side.median_round([_round(3), _round(1), _round(2)])["output_throughput"] == 2
-    assert engine_side_by_side.median_round([_round(3), _round(1)])["output_throughput"] == 1
+    assert processes.median_round([_round(3), _round(1), _round(2)])["output_throughput"] == 2
+    assert processes.median_round([_round(3), _round(1)])["output_throughput"] == 1
 
 
 def test_side_by_side_table_and_line() -> None:
@@ -282,10 +187,26 @@ def test_nan_is_an_error() -> None:
     assert not gpu_kernels.relative_error(bad, torch.ones(2)) <= 1.0
 
 
+@pytest.mark.parametrize(
+    ("name", "steady"),
+    [("growth-256x100+500", True), ("shared-256x4096+128+64", False), ("chats-64x10x1024", False)],
+)
+def test_idle_is_measured_where_all_decode_at_once_for_long_enough(name: str, steady: bool) -> None:
+    assert gpu_idle.can_be_steady(named_workload(name)) == steady
+
+
 def test_the_models_configuration_is_a_model(tmp_path: Path) -> None:
-    config = engine_config("llama-8b", tmp_path, 20.0)
+    config = engine_config("llama-8b", tmp_path, EngineOptions(kv_gib=20.0))
     assert (config.memory.pool_bytes, config.device) == (20 << 30, "cuda")
     assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 8
+
+
+def test_the_longer_model_differs_by_its_length(tmp_path: Path) -> None:
+    engine_config("llama-8b", tmp_path)
+    short = json.loads((tmp_path / "config.json").read_text())
+    engine_config("llama-8b-256k", tmp_path)
+    long = json.loads((tmp_path / "config.json").read_text())
+    assert long == short | {"max_position_embeddings": 262_144}
 
 
 def test_ours_runs_through_the_devices_own_kernels() -> None:

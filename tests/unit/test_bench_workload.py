@@ -8,15 +8,14 @@ import statistics
 
 import pytest
 
+from cluster.bench.named import named_workload, workload_names
 from cluster.bench.workload import (
     BenchError,
     PlannedRequest,
     RandomPlan,
     Workload,
     arrival_times,
-    named_workload,
     with_arrivals,
-    workload_names,
 )
 
 
@@ -32,6 +31,9 @@ def _digest(workload: Workload) -> str:
         ("8b-256x512+256", "89b9df9bf172e2b6"),
         ("single-512+256", "6f476c12dc9ee732"),
         ("demo-12x64+32-poisson2", "444d446105737eca"),
+        ("growth-256x100+500", "c4dc0227db2093a1"),
+        ("demo-shared-8x128+16+8", "a438490e3d9b4b60"),
+        ("demo-chats-4x3x96", "5f74771faf2d26df"),
     ],
 )
 def test_named_workloads_are_the_same_on_every_machine(name: str, digest: str) -> None:
@@ -39,18 +41,56 @@ def test_named_workloads_are_the_same_on_every_machine(name: str, digest: str) -
     assert _digest(named_workload(name)) == digest
 
 
-@pytest.mark.parametrize("name", workload_names())
+CHATS = [name for name in workload_names() if "chats-" in name]
+PROMPTS = [name for name in workload_names() if name not in (*CHATS, "mixed-load")]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
 def test_names_say_what_is_in_them(name: str) -> None:
     shape = name.split("-poisson")[0].split("-")[-1]
-    counts, output = shape.split("+")
-    count, _, prompt = counts.rpartition("x")
+    counts, *lengths, output = shape.split("+")
+    count, _, first = counts.rpartition("x")
+    prompt = sum(map(int, (first, *lengths)))
     workload = named_workload(name)
     assert len(workload.requests) == int(count or 1)
-    assert {request.prompt_tokens for request in workload.requests} == {int(prompt)}
+    assert {request.prompt_tokens for request in workload.requests} == {prompt}
     assert {request.output_tokens for request in workload.requests} == {int(output)}
     tokens = workload.token_ids(workload.requests[0])
-    assert len(tokens) == int(prompt)
+    assert len(tokens) == prompt
     assert all(1000 <= token < workload.vocab_size for token in tokens)
+    if lengths:
+        shared = [tuple(workload.token_ids(r)[: int(first)]) for r in workload.requests[:3]]
+        assert len(set(shared)) == 1
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_names_of_chats_say_what_is_in_them(name: str) -> None:
+    num_chats, num_turns, added = map(int, name.split("-")[-1].split("x"))
+    workload = named_workload(name)
+    requests, said = workload.requests, dict[int, int]()
+    assert len(requests) == num_chats * num_turns
+    for place, request in enumerate(requests):
+        # Tokens of the conversation so far.
+        before = 0 if request.follows is None else said[request.follows]
+        assert (request.follows is None) == (place < num_chats)
+        assert request.prompt_tokens == before + len(workload.token_ids(request))
+        said[place] = request.prompt_tokens + request.output_tokens
+        assert said[place] - before == added
+    assert [len(later) for later in workload.followers().values()] == [1] * num_chats * (num_turns - 1)
+    assert {8 * request.output_tokens for request in requests} == {added}
+
+
+def test_the_mixed_load_has_lengths_of_every_scale() -> None:
+    workload = named_workload("mixed-load")
+    for lengths, shortest, longest in (
+        ([request.prompt_tokens for request in workload.requests], 16, 16_384),
+        ([request.output_tokens for request in workload.requests], 1, 1_024),
+    ):
+        assert (min(lengths), max(lengths) <= longest) == (shortest, True)
+        doublings = [int(math.log2(length / shortest)) for length in lengths]
+        counts = [doublings.count(doubling) for doubling in range(10)]
+        assert min(counts) > 0.5 * len(lengths) / 10  # a length of 1 has half a doubling
+    assert workload.requests[-1].arrival_s == pytest.approx(600.0)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -131,6 +171,26 @@ def test_arrivals_can_be_replaced() -> None:
     moved = with_arrivals(workload, 2.0, math.inf)
     assert [request.arrival_s for request in moved.requests] == [0.5, 1.0, 1.5]
     assert [moved.token_ids(r) for r in moved.requests] == [workload.token_ids(r) for r in workload.requests]
+
+
+def test_a_rate_is_of_first_turns() -> None:
+    moved = with_arrivals(named_workload("demo-chats-4x3x96"), 2.0, math.inf)
+    assert [request.arrival_s for request in moved.requests] == [0.5, 1.0, 1.5, 2.0] + [0.0] * 8
+    assert moved.followers() == named_workload("demo-chats-4x3x96").followers()
+
+
+def test_a_part_of_a_workload_keeps_its_sessions() -> None:
+    whole = named_workload("demo-chats-4x3x96")
+    part = whole.only([1, 3, 5, 9])
+    assert [request.follows for request in part.requests] == [None, None, 0, 2]
+    assert [part.token_ids(r) for r in part.requests] == [
+        whole.token_ids(whole.requests[i]) for i in (1, 3, 5, 9)
+    ]
+
+
+def test_probes_of_sessions_stand_alone() -> None:
+    workload = named_workload("demo-chats-4x3x96")
+    assert {probe.follows for probe in workload.probes(12)} == {None}
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -56,6 +58,9 @@ class _Server(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/trim":
+            self._answer(*_trimmed(body, self.headers.get("authorization")))
+            return
         said = body["messages"][-1]["content"]
         if said == "refuse":
             self._answer({"error": {"message": "no, thank you"}}, 429)
@@ -73,6 +78,23 @@ class _Server(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
+
+
+def _trimmed(body: dict[str, Any], authorization: str | None) -> tuple[object, int]:
+    """Model a has two engines, b one that fails, and c none."""
+    if authorization != "Bearer root":
+        return {"error": {"message": "this route takes an admin key"}}, 403
+    given = 3 << 20 if body["drop_cache"] else 0
+    engines = {"a": [_given(given), _given(1 << 30)], "b": [_given(None, "it ended")], "c": []}
+    chosen = [body["model"]] if body["model"] else list(engines)
+    models = [{"model_id": name, "engines": engines[name]} for name in chosen]
+    if chosen == ["a"]:
+        return {"models": models}, 200
+    return {"models": models, "error": {"message": "1 of 3 engines failed"}}, 503
+
+
+def _given(released: int | None, error: str | None = None) -> dict[str, object]:
+    return {"released_bytes": released, "error": error}
 
 
 def _text(text: str, reason: str | None = None) -> dict[str, object]:
@@ -159,6 +181,29 @@ def test_chat_fails_when_the_answer_does(url: str, prompt: str, reason: str) -> 
     assert reason in output
 
 
+def test_trim_says_what_each_engine_gave_back(url: str) -> None:
+    status, output = _run("trim", "--url", url, "--api-key", "root", "--model", "a")
+    assert (status, output) == (0, "a group 0: gave 0 B back a group 1: gave 1 GiB back ")
+    status, output = _run("trim", "--url", url, "--api-key", "root", "--model", "a", "--drop-cache")
+    assert (status, output) == (0, "a group 0: gave 3 MiB back a group 1: gave 1 GiB back ")
+
+
+def test_trim_fails_where_an_engine_does_and_shows_the_others(url: str) -> None:
+    status, output = _run("trim", "--url", url, "--api-key", "root")
+    assert status == 1
+    assert "a group 1: gave 1 GiB back" in output
+    assert "b group 0: it ended" in output
+    assert "c: no engine answers" in output
+
+
+def test_trim_takes_its_own_key(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BALLONET_API_KEY", "root")
+    status, output = _run("trim", "--url", url)
+    assert (status, output) == (1, "error: HTTP 403: this route takes an admin key ")
+    monkeypatch.setenv("BALLONET_ADMIN_API_KEY", "root")
+    assert _run("trim", "--url", url, "--model", "a")[0] == 0
+
+
 def test_no_server() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -179,11 +224,39 @@ def _rendered(what: object) -> str:
 
 def test_the_bar_shows_every_chunk() -> None:
     head, bar, *legend = _rendered(cli_render.pool_picture(snapshot("a"))).splitlines()
-    assert "100 chunks of 1 MiB" in head
+    assert "100 chunks of 1 MiB, 80 MiB physical, 400 tokens of KV" in head
+    assert "90 driver calls since start, 40 more beside the steps" in legend[-1]
     assert len(bar.strip()) == 64
     assert bar.count("█") == round(64 * MEMORY.kv / MEMORY.total)
     assert bar.count("~") == 2  # 3 of 100 chunks: small, but there
-    assert "KV cache 25 MiB" in legend[0]
+    assert bar.count("=") == round(64 * MEMORY.cached / MEMORY.total)
+    assert "KV live 20 MiB" in legend[0]
+
+
+def test_status_shows_what_is_outside_the_pool_and_the_hit_rate() -> None:
+    shown = _rendered(cli_render.status_view({"a": [snapshot("a")]}))
+    assert "80 MiB physical" in shown
+    assert "KV cached 5 MiB" in shown
+    assert "warm (free) 20 MiB" in shown
+    outside = (
+        "outside the pool: weights 7 MiB, CUDA graphs 3 MiB, workspaces 1 MiB, balloon on the host 6 MiB"
+    )
+    assert outside in shown
+    assert "prefix cache: 100 of 300 prompt tokens found (33.3%)" in shown
+
+
+def test_status_is_silent_about_what_is_not_there() -> None:
+    memory = replace(MEMORY, weight_bytes=0, graph_bytes=0, workspace_bytes=0, balloon=0)
+    bare = replace(snapshot("a"), memory=memory, prefix_queries=0, prefix_hits=0)
+    shown = _rendered(cli_render.pool_picture(bare))
+    assert "outside" not in shown
+    assert "prefix cache" not in shown
+
+
+def test_cached_tokens_show_beside_the_prompts() -> None:
+    assert "9 tokens in, 2 out" in cli_render.answer_figures(Answer("", "stop", 9, 2, 1.0, 2.0)).plain
+    cached = cli_render.answer_figures(Answer("", "stop", 9, 2, 1.0, 2.0, 8)).plain
+    assert "9 tokens in (8 cached), 2 out" in cached
 
 
 def test_a_model_without_engines_is_named() -> None:

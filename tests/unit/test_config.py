@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,10 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import (
-    IngressSection,
-    ServeFile,
-    ServingArgs,
-    load,
-    to_engine_config,
-    validate,
-)
+from cluster.config import ServeFile, ServingArgs, load, to_engine_config, validate
+from cluster.config_ingress import IngressSection
 from cluster.config_values import parse_bytes
-from engine.config import EngineConfig, ModelSource
+from engine.config import EngineConfig, MemoryConfig, ModelSource
 from engine.errors import ConfigError
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -47,6 +42,18 @@ def test_shipped_files_are_valid(path: Path) -> None:
     assert ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
 
 
+@pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.yaml")), ids=lambda path: path.name)
+def test_settings_in_comments_are_valid_too(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("BALLONET_API_KEYS", "BALLONET_ADMIN_API_KEYS"):
+        monkeypatch.setenv(variable, "key")
+    text, num_settings = re.subn(r"^( +)# (\w+: )", r"\1\2", path.read_text(), flags=re.MULTILINE)
+    (tmp_path / "file.yaml").write_text(text)
+    assert load(tmp_path / "file.yaml").applications
+    assert num_settings == (7 if path.name == "one-node.yaml" else 0)
+
+
 def test_defaults_are_the_engines_own() -> None:
     llm = validate(ServingArgs, MINIMAL).llm_configs[0]
     assert to_engine_config(llm, "cpu") == EngineConfig(ModelSource("org/model", "org/model"))
@@ -58,18 +65,22 @@ def test_every_engine_field_arrives() -> None:
         "max_num_seqs": 3,
         "max_num_batched_tokens": 64,
         "prefill_piece_tokens": 32,
+        "max_prefill_tokens": 128,
         "max_num_queued_reqs": 5,
+        "enable_prefix_caching": False,
         "dtype": "float16",
         "load_format": "dummy",
         "seed": 9,
         "num_threads": 2,
     }
     memory = {
-        "mode": "static",
+        "mode": "virtual",
         "pool_bytes": "1GiB",
         "chunk_bytes": "64KiB",
         "layers_per_group": 2,
         "margin_bytes": 7,
+        "map_ahead_tokens": 0,
+        "trim_after_s": 60,
     }
     loading = {"model_id": "m", "model_source": "a/b", "tokenizer_source": "c/d"}
     args = validate(ServingArgs, _args(model_loading_config=loading, engine_kwargs=kwargs, memory=memory))
@@ -79,12 +90,21 @@ def test_every_engine_field_arrives() -> None:
     scheduler = engine.scheduler
     assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (3, 64)
     assert (scheduler.prefill_piece_tokens, scheduler.max_num_queued_reqs) == (32, 5)
+    assert (scheduler.max_prefill_tokens, scheduler.largest_step) == (128, 128)
     assert (engine.memory.mode, engine.memory.pool_bytes, engine.memory.chunk_bytes) == (
-        "static",
+        "virtual",
         2**30,
         2**16,
     )
     assert (engine.memory.layers_per_group, engine.memory.margin_bytes) == (2, 7)
+    assert not engine.memory.enable_prefix_caching
+    assert (engine.memory.map_ahead_tokens, engine.memory.trim_after_s) == (0, 60.0)
+
+
+def test_trimming_can_be_off() -> None:
+    assert MemoryConfig().trim_after_s is not None
+    args = validate(ServingArgs, _args(memory={"trim_after_s": None}))
+    assert to_engine_config(args.llm_configs[0], "cpu").memory.trim_after_s is None
 
 
 def test_a_dumped_file_is_the_same_file() -> None:
@@ -128,6 +148,15 @@ def test_all_faults_are_named_at_once() -> None:
         ({"engine_kwargs": {"max_num_seqs": True}}, "should be a valid integer, not True"),
         ({"memory": {"chunk_bytes": 1000}}, "must be a multiple of 4096"),
         ({"memory": {"pool_bytes": 0}}, "pool_bytes must be positive"),
+        ({"memory": {"mode": "paged"}}, "should be 'elastic', 'virtual' or 'static', not 'paged'"),
+        ({"memory": {"trim_after_s": -1}}, "trim_after_s: should be greater than or equal to 0, not -1"),
+        ({"memory": {"trim_after_s": "5m"}}, "trim_after_s: should be a valid number, not '5m'"),
+        ({"memory": {"map_ahead_tokens": -1}}, "map_ahead_tokens: should be greater than or equal to 0"),
+        ({"memory": {"map_ahead_tokens": 0.5}}, "map_ahead_tokens: should be a valid integer"),
+        ({"memory": {"enable_prefix_caching": True}}, "enable_prefix_caching: belongs into engine_kwargs"),
+        ({"engine_kwargs": {"enable_prefix_caching": "yes"}}, "should be a valid boolean, not 'yes'"),
+        ({"engine_kwargs": {"max_prefill_tokens": 8}}, "(8) must be at least max_num_batched_tokens (2048)"),
+        ({"engine_kwargs": {"enable_prompt_tokens_details": True}}, "is always on; remove the key"),
         (
             {"model_loading_config": {"model_id": "m", "model_source": "$NO_SUCH_VAR/m"}},
             "NO_SUCH_VAR is not set",
@@ -188,6 +217,30 @@ def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setenv("KEYS", "two, three,")
     assert validate(IngressSection, section).all_api_keys() == ("one", "two", "three")
+
+
+def test_admin_keys_are_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN", "root")
+    section = validate(IngressSection, {"api_keys": ["one"], "admin_api_keys_env": "ADMIN"})
+    assert (section.all_api_keys(), section.all_admin_api_keys()) == (("one",), ("root",))
+    monkeypatch.setenv("ADMIN", " ,")
+    faults = _faults(IngressSection, {"api_keys": ["one"], "admin_api_keys_env": "ADMIN"})
+    assert "admin_api_keys_env: the environment variable ADMIN holds no key" in faults[0]
+
+
+def test_a_key_is_not_empty() -> None:
+    """An empty one would open the server to everybody who sends an empty token."""
+    for name in ("api_keys", "admin_api_keys"):
+        assert f"{name}[0]: " in _faults(IngressSection, {name: [""]})[0]
+
+
+def test_salting_by_key_needs_keys() -> None:
+    """Without any, all requests would have the same salt and share what they were not to share."""
+    faults = _faults(IngressSection, {"prefix_cache_salt": "api_key"})
+    assert "there are no keys: set api_keys or api_keys_env" in faults[0]
+    assert "should be 'none' or 'api_key'" in _faults(IngressSection, {"prefix_cache_salt": "user"})[0]
+    section = validate(IngressSection, {"prefix_cache_salt": "api_key", "api_keys": ["one"]})
+    assert section.prefix_cache_salt == "api_key"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.unit.engine_cases import ask, expect, serve
 pytestmark = pytest.mark.usefixtures("steps_ahead")
 
 
-@pytest.mark.parametrize("mode", ["elastic", "static"])
+@pytest.mark.parametrize("mode", ["elastic", "virtual", "static"])
 @pytest.mark.parametrize("piece", [None, 1, 5, 16])
 def test_a_mixed_load_is_answered_exactly(mode: str, piece: int | None) -> None:
     config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, prefill_piece_tokens=piece)

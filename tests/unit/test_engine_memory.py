@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from engine.config import MemoryConfig, SchedulerConfig
-from engine.errors import DriverError
-from engine.memory.host_vmm import HostVirtualMemory
+from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench
-from tests.unit.engine_cases import ask, expect, serve
+from tests.unit.engine_cases import Talk, ask, expect, serve
 
 pytestmark = pytest.mark.usefixtures("steps_ahead")
 
 
-@pytest.mark.parametrize("mode", ["elastic", "static"])
+@pytest.mark.parametrize("mode", ["elastic", "virtual"])
 def test_a_pool_too_small_for_all_preempts_and_loses_nothing(mode: str) -> None:
     bench = Bench(44, MemoryConfig(mode=mode))  # type: ignore[arg-type]
     serve(bench, [ask(f"r{i}", 20, 100) for i in range(8)])
@@ -86,7 +87,7 @@ def test_a_steady_decode_makes_no_driver_calls() -> None:
 
 
 def test_a_slot_used_again_needs_no_driver_call() -> None:
-    bench = Bench()
+    bench = Bench(memory=MemoryConfig(enable_prefix_caching=False))
     bench.engine.submit(ask("a", 90, 30))
     bench.run()
     calls = bench.vm.num_calls
@@ -99,7 +100,7 @@ def test_a_slot_used_again_needs_no_driver_call() -> None:
 def test_activations_are_lent_to_kv_in_elastic_mode_only() -> None:
     """A large prefill backs the arena; a sequence that then needs every chunk gets the arena's tail."""
     held = {}
-    for mode in ("elastic", "static"):
+    for mode in ("elastic", "virtual"):
         config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         bench = Bench(64, MemoryConfig(mode=mode), config)  # type: ignore[arg-type]
         for index in range(8):
@@ -109,49 +110,79 @@ def test_activations_are_lent_to_kv_in_elastic_mode_only() -> None:
             most = max(most, bench.engine.snapshot.memory.kv)
         held[mode] = most
         bench.assert_idle()
-    assert held["elastic"] > held["static"]
+    assert held["elastic"] > held["virtual"]
 
 
-class FailingVirtualMemory(HostVirtualMemory):
-    """Host memory whose driver starts to refuse one of its calls."""
-
-    refuse: str | None = None
-
-    def create(self) -> int:
-        if self.refuse == "create":
-            raise DriverError("create", "no memory")
-        return super().create()
-
-    def map(self, address: int, handles: object) -> None:
-        if self.refuse == "map":
-            raise DriverError("map", "no mapping")
-        super().map(address, handles)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("call", ["create", "map"])
-def test_a_refusing_driver_fails_requests_and_never_the_engine(call: str) -> None:
-    vm = FailingVirtualMemory(CHUNK_BYTES, 64)
-    bench = Bench(64, vm=vm)
-    bench.engine.submit(ask("before", 40, 10))
+def test_a_static_engine_runs_as_many_sequences_as_it_has_slots() -> None:
+    """Everything is set aside, so that little else is free: sequences need nothing of it."""
+    limits = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=64)
+    bench = Bench(6 * 32 + 12, MemoryConfig(mode="static"), limits)
+    for i in range(6):
+        bench.engine.submit(ask(f"r{i}", 4, 20))
+    bench.engine.step()
+    assert bench.engine.snapshot.num_running == 6
     bench.run()
-    vm.refuse = call
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("call", ["create", "map", "access", "unmap", "release"])
+@pytest.mark.parametrize("ahead", [0, 40])
+@pytest.mark.parametrize("times", [1, None])
+def test_a_refusing_driver_fails_requests_and_never_the_engine(
+    call: str, ahead: int, times: int | None
+) -> None:
+    """One refusal costs at most one request; a driver that goes on refusing loses no chunk either."""
+    vm = FailingVirtualMemory(CHUNK_BYTES, 64)
+    bench = Bench(64, MemoryConfig(map_ahead_tokens=ahead), vm=vm)
+    serve(bench, [ask("before", 40, 10)])
+    bench.engine.trim(drop_cache=True)
+    vm.refuse(call, after=2, times=times)
     requests = [ask(f"r{i}", 60, 40) for i in range(6)]
     for request in requests:
         bench.engine.submit(request)
     bench.run()
-    for request in requests:
-        delta = bench.deltas[request.request_id]
-        assert delta.finish_reason in ("length", "error")
-        if delta.finish_reason == "length":
+    bench.engine.trim(drop_cache=True)
+    bench.run()
+    failed = [bench.deltas[request.request_id].finish_reason == "error" for request in requests]
+    assert vm.refusals.num_refused[call] > 0 or call == "unmap"
+    assert sum(failed) <= (1 if times else 6)
+    for request, has_failed in zip(requests, failed, strict=True):
+        if not has_failed:
             expect(bench, request)
     bench.assert_idle()
-    vm.refuse = None
+    vm.allow()
     bench.pool.chunks.ask_again()
     bench.assert_idle()
     assert bench.pool.chunks.total == 64
-    bench.engine.submit(ask("after", 40, 10))
+    serve(bench, [ask("after", 40, 10)])
+    bench.engine.trim(drop_cache=True)
     bench.run()
-    expect(bench, ask("after", 40, 10))
+    assert bench.pool.snapshot().created == 2, "the guard and the arena's first chunk"
+    vm.close()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_refusals_in_tight_memory(seed: int) -> None:
+    """Conversations while the driver refuses calls of every kind, now and then."""
+    dice = random.Random(seed)
+    vm = FailingVirtualMemory(CHUNK_BYTES, 60)
+    bench = Bench(60, MemoryConfig(map_ahead_tokens=dice.choice([0, 40])), vm=vm)
+    talk = Talk(seed)
+    for _ in range(40):
+        bench.engine.submit(talk.next())
+        call = dice.choice(["create", "map", "access", "unmap", "release"])
+        vm.refuse(call, after=dice.randrange(6), times=dice.randint(1, 3))
+        for _ in range(dice.randrange(8)):
+            bench.engine.step()
+        bench.engine.trim(drop_cache=dice.random() < 0.3)
+        bench.pool.check()
+    bench.run()
+    assert vm.refusals.num_refused.total() > 0
+    assert sum(delta.finish_reason == "length" for delta in bench.deltas.values()) > 10
+    vm.allow()
+    bench.pool.chunks.ask_again()
+    bench.assert_idle()
+    vm.close()
 
 
 def test_first_come_first_served_under_pressure() -> None:
@@ -169,7 +200,7 @@ def test_trim_gives_idle_memory_back_and_work_goes_on() -> None:
     bench.engine.submit(ask("a", 100, 50))
     bench.run()
     created = bench.pool.snapshot().created
-    assert bench.pool.trim() > 0
+    assert bench.pool.trim(drops_cache=True) > 0
     assert bench.pool.snapshot().created == 2  # the guard and the arena's first chunk
     assert created > 2
     bench.engine.submit(ask("b", 100, 50))

@@ -103,7 +103,7 @@ class Run:
         while self.engine.step():
             pass
         memory = self.engine.snapshot.memory
-        assert memory.free + memory.activation + memory.guard == memory.total
+        assert memory.free + memory.cached + memory.activation + memory.guard == memory.total
         return [self._deltas[str(index)].token_ids for index in range(len(prompts))]
 
 

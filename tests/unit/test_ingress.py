@@ -47,6 +47,16 @@ def events(response: Any) -> list[Any]:
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
 
 
+def usage(prompt: int, output: int) -> dict[str, Any]:
+    """The usage object where nothing was cached."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
 def failing(error: Exception, after: str = "") -> Script:
     def play(request: GenerateRequest) -> Iterable[Item]:
         for byte in after.encode():
@@ -71,7 +81,7 @@ def test_chat_answer() -> None:
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": 20, "completion_tokens": 12, "total_tokens": 32},
+        "usage": usage(20, 12),
     }
 
 
@@ -89,7 +99,7 @@ def test_completion_of_several_prompts_with_echo() -> None:
         (2, "bc<bc>", "length"),
         (3, "bc<bc>", "length"),
     ]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 14, "total_tokens": 17}
+    assert answer["usage"] == usage(3, 14)
 
 
 @pytest.mark.parametrize("prompt", [[104, 105], [[104, 105]], ["hi"]])
@@ -123,7 +133,7 @@ def test_chat_stream() -> None:
     ]
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 4
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
+    assert chunks[-1]["usage"] == usage(20, 5)
 
 
 def test_stream_without_usage_does_not_mention_it() -> None:
@@ -386,7 +396,9 @@ def test_status_is_raw() -> None:
     with TestClient(create_app({"org/tiny": FakeModel(), "other": away})) as client:
         first, second = client.get("/status").json()["models"]
     (engine,) = first["engines"]
-    assert engine["memory"]["kv"] == 3
+    assert (engine["memory"]["kv"], engine["memory"]["cached"]) == (3, 1)
+    assert engine["memory"]["weight_bytes"] == 9
+    assert (engine["prefix_queries"], engine["prefix_hits"]) == (8, 6)
     assert engine["finished"] == [["stop", 1]]
     assert (second["model_id"], second["engines"]) == ("other", [])
     assert "gone" in second["error"]

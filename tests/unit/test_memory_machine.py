@@ -1,4 +1,4 @@
-"""Random alloc, grow, alias, release, trim and steps in flight; conservation after every move."""
+"""Random growth, sharing, release, trim, mapping ahead and steps in flight; conservation after each."""
 
 from __future__ import annotations
 
@@ -68,15 +68,28 @@ class MemoryMachine(RuleBasedStateMachine):
     def alias(self, data: st.DataObject, to: int, row: int) -> None:
         source = data.draw(st.sampled_from(sorted(self.content)))
         if self.tensors[to].is_empty(row):
-            self.tensors[to].alias(row, self.tensors[source[0]].chunk_at(source[1]))
+            self.tensors[to].alias([row], [self.tensors[source[0]].chunk_at(source[1])])
             self.content[(to, row)] = self.content[source]
 
     @precondition(lambda self: self.content)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
         tensor, row = data.draw(st.sampled_from(sorted(self.content)))
-        self.tensors[tensor].drop([row])
+        read_until = max((step for step, rows in self.reading if (tensor, row) in rows), default=0)
+        self.tensors[tensor].drop([row], data.draw(st.sampled_from([None, read_until])))
+        self.pool.settle()
         del self.content[(tensor, row)]
+
+    @rule(tensor=st.integers(0, 2), rows=st.lists(st.integers(0, ROWS - 1), max_size=4, unique=True))
+    def send_ahead(self, tensor: int, rows: list[int]) -> None:
+        target, free = self.tensors[tensor], self.pool.num_free
+        self.pool.send_ahead([(target, row) for row in rows if target.is_empty(row)])
+        assert self.pool.num_free == free, "a chunk on its way is free"
+
+    @rule(wait=st.booleans())
+    def receive(self, wait: bool) -> None:
+        self.pool.receive(wait)
+        assert not wait or self.pool.num_sent == 0
 
     @rule()
     def launch(self) -> None:
@@ -100,6 +113,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.pool.trim()
         assert self.pool.num_free == free
         assert self.pool.num_created == TOTAL - free
+        assert self.pool.num_sent == 0
 
     @invariant()
     def nothing_is_lost(self) -> None:

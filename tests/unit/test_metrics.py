@@ -12,9 +12,10 @@ from cluster.metrics import (
     GroupMetrics,
     IngressMetrics,
     Metric,
-    pool_states,
+    memory_by_owner,
+    pool_by_owner,
 )
-from tests.unit.samples import INFO, MEMORY, RecordingBackend, snapshot
+from tests.unit.samples import MEMORY, RecordingBackend, snapshot
 
 RESERVED = {"deployment", "replica", "application", "route"}  # Ray Serve adds these itself
 
@@ -26,7 +27,7 @@ def _drive(backend: RecordingBackend) -> None:
     ingress.inter_token("a", 0.02, 3)
     ingress.request_finished("a", "stop", 1.0, 12, 34)
     ingress.request_rejected("", 429)
-    GroupMetrics(backend, INFO).export(snapshot("a"))
+    GroupMetrics(backend).export(snapshot("a"))
     controller = ControllerMetrics(backend)
     controller.looked("a", 1)
     controller.failed("a")
@@ -61,21 +62,49 @@ def test_names_are_unique() -> None:
 
 def test_counters_grow_by_what_the_engine_counted() -> None:
     backend = RecordingBackend()
-    group = GroupMetrics(backend, INFO)
+    group = GroupMetrics(backend)
     for scale in (1, 3, 3):
         group.export(snapshot("a", scale))
     assert backend.values("ballonet_generation_tokens") == [200, 400]
     assert backend.total("ballonet_num_preemptions") == 6
+    assert backend.values("ballonet_prefix_cache_queries") == [300, 600]
+    assert backend.values("ballonet_prefix_cache_hits") == [100, 200]
 
 
-def test_pool_states_hold_every_chunk_once() -> None:
-    states = pool_states(snapshot("a"))
-    assert sum(states.values()) == MEMORY.total
-    assert states["warm"] == 20
-    assert states["free"] == 40
-
-
-def test_pool_bytes_add_up() -> None:
+def test_driver_calls_are_counted_apart() -> None:
     backend = RecordingBackend()
-    GroupMetrics(backend, INFO).export(snapshot("a"))
-    assert backend.total("ballonet_pool_bytes") == MEMORY.total * MEMORY.chunk_bytes
+    group = GroupMetrics(backend)
+    for _ in range(2):
+        group.export(snapshot("a"))
+    calls = [
+        (labels["made"], value)
+        for _, row, value, labels in backend.calls
+        if row.name == "ballonet_driver_calls"
+    ]
+    assert calls == [("at_once", 90), ("beside", 40)]
+
+
+def test_every_chunk_has_one_owner() -> None:
+    owners = pool_by_owner(MEMORY)
+    assert sum(owners.values()) == MEMORY.total
+    assert (owners["kv"], owners["kv_cached"], owners["warm"], owners["free"]) == (20, 5, 20, 40)
+
+
+def test_memory_has_every_owner_in_bytes() -> None:
+    backend = RecordingBackend()
+    GroupMetrics(backend).export(snapshot("a"))
+    exported = {
+        labels["owner"]: value
+        for _, row, value, labels in backend.calls
+        if row.name == "ballonet_memory_bytes"
+    }
+    assert exported == memory_by_owner(MEMORY)
+    assert sum(exported[owner] for owner in pool_by_owner(MEMORY)) == MEMORY.total * MEMORY.chunk_bytes
+    outside = {owner: exported[owner] >> 20 for owner in ("weights", "graphs", "workspace", "balloon")}
+    assert outside == {"weights": 7, "graphs": 3, "workspace": 1, "balloon": 6}
+
+
+def test_usage_is_that_of_live_sequences() -> None:
+    backend = RecordingBackend()
+    GroupMetrics(backend).export(snapshot("a"))
+    assert backend.last("ballonet_kv_cache_usage_perc") == 0.2

@@ -20,7 +20,7 @@ def make(max_tokens: int = 64, max_sequences: int = 8) -> StepInputs:
 
 
 def one(slot: int, start: int, token: int, samples: bool = True) -> Piece:
-    return Piece(f"r{slot}", slot, start, (token,), samples)
+    return Piece(f"r{slot}", slot, slot + 4, start, (token,), samples)
 
 
 MIXED = StepPlan(
@@ -28,8 +28,8 @@ MIXED = StepPlan(
     (
         one(3, 7, PENDING_TOKEN),
         one(0, 4, 11),
-        Piece("r1", 1, 2, (21, 22, 23), samples=False),
-        Piece("r2", 2, 0, (31, 32), samples=True),
+        Piece("r1", 1, 6, 2, (21, 22, 23), samples=False),
+        Piece("r2", 2, 7, 10, (31, 32), samples=True, shared_slot=5, shared_tokens=8),
     ),
     num_decodes=2,
 )
@@ -40,14 +40,17 @@ def test_decodes_come_before_pieces_of_prompts() -> None:
     assert batch.num_decodes == 2
     assert batch.input_ids[1:].tolist() == [11, 21, 22, 23, 31, 32]
     assert batch.is_pending.tolist() == [True, False]
-    assert batch.pending_slots[0] == 3
-    assert batch.positions.tolist() == [7, 4, 2, 3, 4, 0, 1]
+    assert batch.pending_seats[0] == 7
+    assert batch.positions.tolist() == [7, 4, 2, 3, 4, 10, 11]
     assert batch.token_first_rows.tolist() == [31, 1, 11, 11, 11, 21, 21]
     assert batch.decode_first_rows.tolist() == [31, 1]
     assert batch.decode_context_lens.tolist() == [8, 5]
     assert batch.query_starts.tolist() == [0, 3, 5]
     assert batch.prefill_first_rows.tolist() == [11, 21]
-    assert batch.prefill_context_lens.tolist() == [5, 2]
+    assert batch.prefill_context_lens.tolist() == [5, 12]
+    assert batch.prefill_shared_first_rows.tolist()[1] == 51
+    assert batch.prefill_shared_lens.tolist() == [0, 8]
+    assert batch.decode_shared_lens.tolist() == [0, 0]
     assert batch.max_query_len == 3
     assert batch.sample_indices is not None
     assert batch.sample_indices.tolist() == [0, 1, 6]
@@ -89,13 +92,15 @@ def test_prompts_stay_behind_the_places_for_decodes() -> None:
     batch = make().put(MIXED, GraphShape(4, 8, 3))
     assert batch.num_decodes == 4
     assert batch.input_ids[1:].tolist() == [11, 0, 0, 21, 22, 23, 31, 32, 0, 0, 0]
-    assert batch.positions.tolist() == [7, 4, 0, 0, 2, 3, 4, 0, 1, 0, 0, 0]
+    assert batch.positions.tolist() == [7, 4, 0, 0, 2, 3, 4, 10, 11, 0, 0, 0]
     assert batch.token_first_rows.tolist() == [31, 1, 0, 0, 11, 11, 11, 21, 21, 0, 0, 0]
     assert batch.decode_first_rows.tolist() == [31, 1, 0, 0]
     assert batch.decode_context_lens.tolist() == [8, 5, 1, 1]
     assert batch.query_starts.tolist() == [0, 3, 5, 5]
     assert batch.prefill_first_rows.tolist() == [11, 21, 0]
-    assert batch.prefill_context_lens.tolist() == [5, 2, 1]
+    assert batch.prefill_context_lens.tolist() == [5, 12, 1]
+    assert batch.prefill_shared_lens.tolist() == [0, 8, 0]
+    assert batch.decode_shared_lens.tolist() == [0, 0, 0, 0]
     assert batch.max_query_len == 8
     assert batch.sample_indices is not None
     assert batch.sample_indices.tolist() == [0, 1, 8, 0, 0, 0, 0]
@@ -114,7 +119,7 @@ def test_rows_that_a_full_step_does_not_sample_are_filled_up_too() -> None:
 def test_the_largest_step_fits() -> None:
     inputs = make(max_tokens=64, max_sequences=8)
     inputs.put(StepPlan(1, tuple(one(slot, 0, 1) for slot in range(8)), 8))
-    pieces = tuple(Piece(f"r{slot}", slot, 0, (1,) * 8, samples=True) for slot in range(8))
+    pieces = tuple(Piece(f"r{slot}", slot, slot, 0, (1,) * 8, samples=True) for slot in range(8))
     batch = inputs.put(StepPlan(1, pieces, 0))
     assert batch.query_starts.tolist() == list(range(0, 65, 8))
     for shape in graph_shapes(8, 64, 8e9):
@@ -144,7 +149,7 @@ def test_decodes_are_filled_up_little(most: int) -> None:
 
 def _plan(decodes: int, *prompts: int, samples: bool = True) -> StepPlan:
     pieces = [one(slot, 9, 1, samples) for slot in range(decodes)]
-    pieces += [Piece(f"p{index}", 99, 0, (1,) * count, True) for index, count in enumerate(prompts)]
+    pieces += [Piece(f"p{index}", 99, 9, 0, (1,) * count, True) for index, count in enumerate(prompts)]
     return StepPlan(1, tuple(pieces), decodes)
 
 

@@ -1,0 +1,71 @@
+"""A step being put together, against the memory there is."""
+
+from __future__ import annotations
+
+from engine.memory.pool import MemoryPool
+from engine.sequence import Sequence
+
+
+class Draft:
+    """What a step holds so far, and whether one more piece fits.
+
+    Args:
+        number: counts up; blocks that a draft would compute carry it until the step is launched.
+        max_tokens: of the step while somebody decodes.
+        largest_step: of a step in which nobody does.
+    """
+
+    def __init__(self, number: int, pool: MemoryPool, max_tokens: int, largest_step: int) -> None:
+        self.number = number
+        self._pool = pool
+        self._max_tokens = max_tokens
+        self._largest_step = largest_step
+        self._has_decodes = False
+        self.pieces: list[tuple[Sequence, int, bool]] = []
+        self.num_tokens = 0
+        self._num_rows = 0
+        self._kv_chunks = 0
+
+    @property
+    def growth(self) -> list[tuple[int, int]]:
+        """(slot, tokens after the step) of every sequence in the draft."""
+        return [(seq.held_slot, seq.num_computed + count) for seq, count, _ in self.pieces]
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens the step may still gain."""
+        return (self._max_tokens if self._has_decodes else self._largest_step) - self.num_tokens
+
+    def room(self, extra_tokens: int = 0) -> int:
+        """Chunks left for KV if the step had that many tokens more."""
+        return self._pool.room_for_kv(self.num_tokens + extra_tokens, self._num_rows + 1) - self._kv_chunks
+
+    def try_add(self, seq: Sequence, count: int) -> bool:
+        """Add the sequence's next `count` tokens if tokens and memory allow."""
+        end = seq.num_computed + count
+        chunks = self._pool.chunks_to_grow(seq.held_slot, end)
+        if count > self.tokens_left or chunks > self.room(count):
+            return False
+        samples = end == seq.num_tokens
+        self.pieces.append((seq, count, samples))
+        self.num_tokens += count
+        self._num_rows += samples
+        self._kv_chunks += chunks
+        self._has_decodes |= seq.is_decoding
+        self._pool.prefixes.drafted(seq.held_slot, end, self.number)
+        return True
+
+    def try_add_decodes(self, sequences: list[Sequence]) -> bool:
+        """Add the next token of all these running sequences to an empty draft, or of none.
+
+        The same as `try_add` of each, which nearly always succeeds, at a tenth of its time.
+        """
+        count = len(sequences)
+        chunks = self._pool.kv.num_missing([(seq.held_slot, seq.num_computed + 1) for seq in sequences])
+        if count > self._max_tokens or chunks > self._pool.room_for_kv(count, count):
+            return False
+        self.pieces = [(seq, 1, True) for seq in sequences]
+        self.num_tokens = self._num_rows = count
+        self._kv_chunks = chunks
+        self._has_decodes = bool(sequences)
+        return True
