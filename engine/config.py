@@ -95,6 +95,9 @@ class SchedulerConfig:
         prefill_piece_tokens: tokens of one prompt in one step; None is limited by the step alone.
         max_prefill_tokens: tokens of a step that no decode waits for, if memory allows: a prompt may
             then be computed in pieces up to this size. None is `max_num_batched_tokens`.
+        max_overtaken: requests whose prompts are mostly there that may start before one that came first,
+            while that one could only start at the cost of KV that waiting requests will read. 0 is
+            strictly first come, first served.
         max_num_queued_reqs: requests that may wait beside those that run; one more is refused as
             overload.
     """
@@ -103,6 +106,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048
     prefill_piece_tokens: int | None = None
     max_prefill_tokens: int | None = None
+    max_overtaken: int = 64
     max_num_queued_reqs: int = 1024
 
     def __post_init__(self) -> None:
@@ -115,6 +119,8 @@ class SchedulerConfig:
             )
         if self.prefill_piece_tokens is not None and self.prefill_piece_tokens < 1:
             raise ConfigError(f"prefill_piece_tokens must be at least 1, not {self.prefill_piece_tokens}")
+        if self.max_overtaken < 0:
+            raise ConfigError(f"max_overtaken must be at least 0, not {self.max_overtaken}")
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_prefill_tokens ({self.max_prefill_tokens}) must be at least max_num_batched_tokens "

@@ -14,6 +14,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Iterator
 
+from engine.admission import Admission
 from engine.config import SchedulerConfig
 from engine.draft import Draft
 from engine.memory.pool import MemoryPool
@@ -40,6 +41,7 @@ class Scheduler:
         self._pool = pool
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
+        self._admission = Admission(config.max_overtaken, pool, max_model_len)
         self._waiting: list[Sequence] = []
         self._active: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
@@ -196,46 +198,28 @@ class Scheduler:
     def _admit(self, draft: Draft) -> None:
         """Start waiting requests while the whole of what they know fits beside the draft."""
         while self._waiting and self._free_seats and self._pool.num_free_slots and draft.tokens_left > 0:
-            seq = self._waiting[0]
-            if seq.num_in_flight:  # preempted a moment ago, and what to compute again is not known yet
-                return
-            if not self._try_open(seq, draft) or not self._add_piece(draft, seq):
+            seq = self._admission.next(self._waiting, self._active, draft)
+            if seq is None or not self._try_open(seq, draft) or not self._add_piece(draft, seq):
                 return
 
     def _try_open(self, seq: Sequence, draft: Draft) -> bool:
-        """Give the first waiting sequence a slot, if memory allows and nothing better is coming."""
-        pool, prefixes, length = self._pool, self._pool.prefixes, seq.num_tokens
-        self._hash(seq, length)
-        match = pool.match(seq.chain, seq.tokens, length, draft.number)
-        if prefixes.must_wait(seq.chain, match, length, draft.number):
+        """Give a waiting sequence a slot, if memory allows and nothing better is coming."""
+        match = self._admission.match(seq, draft)
+        if not self._admission.may_start(seq, match, self._active, draft):
             return False
-        need = pool.chunks_to_open(match, min(length + 1, self._max_model_len))
-        watermark = max(pool.kv.geometry.num_groups, pool.chunks.total // 100) if self._active else 0
-        if need and need + watermark > draft.room(1) - self._promised(draft):
-            return False
-        opened = pool.open_slot(match, seq.chain, length)
+        opened = self._pool.open_slot(match, seq.chain, seq.num_tokens)
         if opened is None:
             return False
+        if self._waiting[0] is not seq:
+            self._waiting[0].num_overtaken += 1
         self._unwait(seq)
         seq.open(opened, self._free_seats.pop())
         seq.move(State.PREFILLING)
         insort(self._active, seq, key=_age)
         if not seq.num_preemptions:
-            self.prefix_queries += length
+            self.prefix_queries += seq.num_tokens
             self.prefix_hits += opened.num_tokens
         return True
-
-    def _promised(self, draft: Draft) -> int:
-        """Chunks that admitted prompts still lack, beyond what this draft gives them."""
-        planned = {id(seq): count for seq, count, _ in draft.pieces}
-        total = 0
-        for seq in self._active:
-            if seq.state is State.PREFILLING:
-                whole = self._pool.chunks_to_grow(seq.held_slot, seq.num_tokens)
-                total += whole - self._pool.chunks_to_grow(
-                    seq.held_slot, seq.num_computed + planned.get(id(seq), 0)
-                )
-        return total
 
     def _plan(self, draft: Draft) -> StepPlan:
         ordered = sorted(draft.pieces, key=lambda entry: entry[1] > 1)
@@ -265,7 +249,7 @@ class Scheduler:
             self._remove(seq, reason)
             self.finished[reason] += 1
         elif seq.slot is not None and seq.num_known % self._pool.kv.geometry.tokens_per_chunk == 1:
-            self._hash(seq, seq.num_known - 1)
+            self._pool.hash(seq.chain, seq.tokens, seq.num_known - 1)
             self._pool.prefixes.known(seq.slot, seq.chain)
         entries = (logprobs,) if logprobs else ()
         return TokenDelta(
@@ -290,7 +274,7 @@ class Scheduler:
 
     def _wait(self, seq: Sequence) -> None:
         insort(self._waiting, seq, key=_age)
-        self._hash(seq, seq.num_known)
+        self._pool.hash(seq.chain, seq.tokens, seq.num_known)
         match = self._pool.match(seq.chain, seq.tokens, seq.num_known, _NO_DRAFT)
         if match is not None:
             seq.wants = match.slot
@@ -301,10 +285,6 @@ class Scheduler:
         if seq.wants is not None:
             self._pool.prefixes.unwant(seq.wants, seq.request_id)
             seq.wants = None
-
-    def _hash(self, seq: Sequence, num_tokens: int) -> None:
-        if self._pool.prefixes.is_enabled:
-            seq.chain.extend(seq.tokens, num_tokens)
 
     def _remove(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.slot is None:
@@ -331,7 +311,7 @@ class Scheduler:
         elif not is_sound:
             num_kept = min(num_kept, prefixes.distrust(slot))
         self._active.remove(seq)
-        self._hash(seq, num_kept)
+        self._pool.hash(seq.chain, seq.tokens, num_kept)
         self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
         self._free_seats.append(seq.seat)
         seq.leave()

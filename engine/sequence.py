@@ -44,6 +44,7 @@ class Sequence:
         num_in_flight: tokens that launched steps choose and the host has not read yet.
         is_new_to_slot: the slot holds nothing of this sequence for the sampler to go on from.
         num_preemptions: how often its KV was dropped to make room.
+        num_overtaken: how often another request started first although this one had come before.
     """
 
     request: GenerateRequest
@@ -63,6 +64,7 @@ class Sequence:
     num_in_flight: int = 0
     is_new_to_slot: bool = True
     num_preemptions: int = 0
+    num_overtaken: int = 0
 
     @property
     def request_id(self) -> str:

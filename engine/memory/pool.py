@@ -120,6 +120,11 @@ class MemoryPool:
         """Chunks the slot lacks to hold `num_tokens` tokens."""
         return self.kv.num_missing(((slot, num_tokens),))
 
+    def hash(self, chain: TokenChain, tokens: Tokens, num_tokens: int) -> None:
+        """Bring a sequence's hashes up to its first `num_tokens` tokens, if anybody looks for them."""
+        if self.prefixes.is_enabled:
+            chain.extend(tokens, num_tokens)
+
     def match(self, chain: TokenChain, tokens: Tokens, num_tokens: int, draft: int) -> Match | None:
         """What of a sequence is there already, or will be when the draft of that number has run."""
         return self.prefixes.match(chain, tokens, num_tokens, draft)
@@ -127,6 +132,10 @@ class MemoryPool:
     def chunks_to_open(self, match: Match | None, num_tokens: int) -> int:
         """Chunks that room for KV loses if a sequence of that length is opened on a match, in the end."""
         return self._slots.chunks_to_open(match, num_tokens)
+
+    def chunks_wanted(self, but_by: str) -> int:
+        """Evictable chunks that waiting requests will read, other than this one."""
+        return self.prefixes.num_wanted(but_by) * self.kv.geometry.num_groups
 
     def open_slot(self, match: Match | None, chain: TokenChain, num_tokens: int) -> Opened | None:
         """A slot for a sequence of so many tokens, on what there is of it; None if there is no slot."""

@@ -99,6 +99,11 @@ class PrefixCache:
         if slot in self._slots:
             self._slots[slot].wanted.pop(request_id, None)
 
+    def num_wanted(self, but_by: str) -> int:
+        """Blocks without users in slots that waiting requests will read, other than that one."""
+        slots = [slot for slot in self._slots.values() if slot.is_closed and slot.wanted.keys() - {but_by}]
+        return sum(block.users == 0 for slot in slots for block in slot.blocks[slot.shared :])
+
     def continue_in(self, match: Match) -> None:
         """Make a closed slot live again, at `match.num_tokens`; its blocks from there on are rewritten."""
         slot = self._slots[match.slot]

@@ -194,6 +194,55 @@ def test_what_a_waiting_request_will_read_is_given_up_last() -> None:
     bench.assert_idle()
 
 
+def _chat(max_overtaken: int, num_chats: int = 12, num_turns: int = 5) -> tuple[Bench, list[str]]:
+    """More conversations than memory holds, each turn asked for as soon as the one before is answered."""
+    limits = SchedulerConfig(max_num_seqs=num_chats, max_num_batched_tokens=256, max_overtaken=max_overtaken)
+    bench = Bench(180, scheduler=limits, max_model_len=320)
+    history = {chat: list(tokens(f"chat{chat}", 40)) for chat in range(num_chats)}
+    turns = dict.fromkeys(history, 0)
+    order = []
+    for chat in history:
+        bench.engine.submit(request(f"{chat}-0", history[chat], 20))
+    while any(turn < num_turns for turn in turns.values()):
+        bench.engine.step()
+        for chat, turn in turns.items():
+            delta = bench.deltas.get(f"{chat}-{turn}")
+            if turn < num_turns and delta is not None and delta.finish_reason:
+                order.append(f"{chat}-{turn}")
+                history[chat] += [*delta.token_ids, *tokens(f"{chat}/{turn}", 20)]
+                turns[chat] += 1
+                if turns[chat] < num_turns:
+                    bench.engine.submit(request(f"{chat}-{turn + 1}", history[chat], 20))
+    bench.run()
+    bench.assert_idle()
+    return bench, order
+
+
+def test_turns_whose_kv_is_there_may_go_first() -> None:
+    """Or each conversation's KV would be given up just before its next turn."""
+    in_order, overtaking = _chat(0)[0], _chat(64)[0]
+    assert computed(overtaking) < 0.8 * computed(in_order)
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    """Once a request has been overtaken that often, it goes first, whatever it displaces."""
+    bench = Bench(60, scheduler=SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=64, max_overtaken=3))
+    chat = tokens("chat", 100)
+    run(bench, request("turn0", chat, 4))
+    bench.engine.submit(request("other", tokens("other", 150), 4))
+    before = 0
+    for turn in range(1, 12):
+        bench.engine.submit(request(f"turn{turn}", [*chat, turn], 2))
+        bench.engine.submit(request(f"also{turn}", [*chat, turn, 1], 2))
+        while not bench.deltas.get(f"turn{turn}", None):
+            bench.engine.step()
+        before += "other" not in bench.deltas
+    bench.run()
+    assert bench.deltas["other"].finish_reason == "length"
+    assert before < 8
+    bench.assert_idle()
+
+
 @pytest.mark.parametrize("mode", ["elastic", "virtual"])
 @pytest.mark.parametrize("seed", range(6))
 def test_random_conversations_in_tight_memory(mode: Mode, seed: int) -> None:

@@ -1,0 +1,92 @@
+"""Which waiting request may start beside a draft. Owns no queue and changes none."""
+
+from __future__ import annotations
+
+from engine.draft import Draft
+from engine.memory.blocks import Match
+from engine.memory.pool import MemoryPool
+from engine.sequence import Sequence, State
+
+_LOOK_AHEAD = 64  # waiting requests that may overtake the first
+
+
+class Admission:
+    """First come, first served, within what memory allows.
+
+    Args:
+        max_overtaken: how often a request may be overtaken, see `SchedulerConfig`.
+        pool: the one door to memory.
+        max_model_len: tokens at which a sequence ends.
+    """
+
+    def __init__(self, max_overtaken: int, pool: MemoryPool, max_model_len: int) -> None:
+        self._max_overtaken = max_overtaken
+        self._pool = pool
+        self._max_model_len = max_model_len
+
+    def next(self, waiting: list[Sequence], active: list[Sequence], draft: Draft) -> Sequence | None:
+        """The request that came first; or, if it could only start at the cost of KV that others wait for,
+        one of those.
+
+        With more conversations than memory holds, first come first served would give up each one's KV
+        just before its next turn, and compute everything again.
+        """
+        head = waiting[0]
+        if head.num_in_flight:  # preempted a moment ago, and what to compute again is not known yet
+            return None
+        if head.num_overtaken < self._max_overtaken and self._displaces(head, active, draft):
+            for seq in waiting[1:_LOOK_AHEAD]:
+                if seq.wants is not None and not seq.num_in_flight and self._is_mostly_there(seq, draft):
+                    return seq
+        return head
+
+    def match(self, seq: Sequence, draft: Draft) -> Match | None:
+        """What of a waiting sequence is there, or will be when the draft has run."""
+        self._pool.hash(seq.chain, seq.tokens, seq.num_tokens)
+        return self._pool.match(seq.chain, seq.tokens, seq.num_tokens, draft.number)
+
+    def may_start(self, seq: Sequence, match: Match | None, active: list[Sequence], draft: Draft) -> bool:
+        """Whether memory allows a waiting sequence to start now, and nothing better is coming for it."""
+        pool, length = self._pool, seq.num_tokens
+        if pool.prefixes.must_wait(seq.chain, match, length, draft.number):
+            return False
+        need = pool.chunks_to_open(match, min(length + 1, self._max_model_len))
+        room = draft.room(1) - self._promised(active, draft)
+        return not need or need + self._watermark(seq, active) <= room
+
+    def _displaces(self, seq: Sequence, active: list[Sequence], draft: Draft) -> bool:
+        """Whether much of a request's KV would take the place of what other waiting requests will read."""
+        if not active or self._is_mostly_there(seq, draft):
+            return False
+        need = self._pool.chunks_to_open(self.match(seq, draft), seq.num_tokens + 1)
+        others = self._pool.chunks_wanted(but_by=seq.request_id)
+        return need > draft.room(1) - self._promised(active, draft) - others
+
+    def _is_mostly_there(self, seq: Sequence, draft: Draft) -> bool:
+        match, length = self.match(seq, draft), seq.num_tokens
+        return match is not None and match.num_tokens >= length - length // 4
+
+    def _watermark(self, seq: Sequence, active: list[Sequence]) -> int:
+        """Chunks to leave for sequences to grow into, so that starting one more does not preempt one soon:
+        a hundredth of the pool, or what they can need at most.
+        """
+        if not active:
+            return 0
+        pool, longest = self._pool, self._max_model_len
+        most = pool.chunks_to_open(None, seq.longest(longest)) - pool.chunks_to_open(None, seq.num_tokens)
+        most += pool.kv.num_missing([(one.held_slot, one.longest(longest)) for one in active])
+        prompts = [one for one in active if one.state is State.PREFILLING]
+        most -= pool.kv.num_missing([(one.held_slot, one.num_tokens) for one in prompts])  # promised to them
+        return min(most, max(pool.kv.geometry.num_groups, pool.chunks.total // 100))
+
+    def _promised(self, active: list[Sequence], draft: Draft) -> int:
+        """Chunks that admitted prompts still lack, beyond what this draft gives them."""
+        planned = {id(seq): count for seq, count, _ in draft.pieces}
+        total = 0
+        for seq in active:
+            if seq.state is State.PREFILLING:
+                whole = self._pool.chunks_to_grow(seq.held_slot, seq.num_tokens)
+                total += whole - self._pool.chunks_to_grow(
+                    seq.held_slot, seq.num_computed + planned.get(id(seq), 0)
+                )
+        return total
