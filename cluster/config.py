@@ -54,6 +54,7 @@ class EngineKwargs(Section):
     max_num_batched_tokens: PositiveInt = _SCHEDULER.max_num_batched_tokens
     prefill_piece_tokens: PositiveInt | None = None
     max_prefill_tokens: PositiveInt | None = None
+    max_overtaken: NonNegativeInt = _SCHEDULER.max_overtaken
     max_num_queued_reqs: PositiveInt = _SCHEDULER.max_num_queued_reqs
     enable_prefix_caching: bool = _MEMORY.enable_prefix_caching
     dtype: Dtype = "auto"
@@ -264,6 +265,7 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
             max_num_batched_tokens=kwargs.max_num_batched_tokens,
             prefill_piece_tokens=kwargs.prefill_piece_tokens,
             max_prefill_tokens=kwargs.max_prefill_tokens,
+            max_overtaken=kwargs.max_overtaken,
             max_num_queued_reqs=kwargs.max_num_queued_reqs,
         ),
         device=device,

@@ -36,6 +36,7 @@ UNSUPPORTED = {
     "enable_chunked_prefill": "is always on; prefill_piece_tokens sets the size of a piece",
     "enable_prefix_caching": "belongs into engine_kwargs",
     "max_prefill_tokens": "belongs into engine_kwargs",
+    "max_overtaken": "belongs into engine_kwargs",
     "disable_radix_cache": "is not supported; use engine_kwargs.enable_prefix_caching: false",
     "enable_prompt_tokens_details": _ALWAYS_ON,
     "enable_cache_report": _ALWAYS_ON,

@@ -1,6 +1,6 @@
 """Biases, bans and penalties on the logits of rows that ask. Semantics: `kernels.reference.adjust_logits`.
 
-What a slot has said is counted in a table on the device, so that a penalty knows of a token that the
+What a seat has said is counted in a table on the device, so that a penalty knows of a token that the
 host has not seen yet.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kernels import sampling_record
 from kernels.checks import require, require_launchable, require_like
-from kernels.sampling_tile import IS_PENALIZED, RECORD_WORDS, SLOT, TARGET, load_float32
+from kernels.sampling_tile import IS_PENALIZED, RECORD_WORDS, SEAT, TARGET, load_float32
 
 _PART = 2048
 _INTERPRETED_PART = 256
@@ -52,10 +52,10 @@ def _adjust_kernel(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)
     record_ptr = records_ptr + row * RECORD_WORDS
-    slot = tl.load(record_ptr + SLOT).to(tl.int64)
+    seat = tl.load(record_ptr + SEAT).to(tl.int64)
     is_penalized = tl.load(record_ptr + IS_PENALIZED) != 0
     row_ptr = logits_ptr + tl.load(record_ptr + TARGET).to(tl.int64) * logits_stride
-    row_counts_ptr = counts_ptr + slot * vocab_size
+    row_counts_ptr = counts_ptr + seat * vocab_size
     row_out_ptr = out_ptr + row * vocab_size
     begin = tl.program_id(1) * PART
     columns = begin + tl.arange(0, PART)
@@ -71,7 +71,7 @@ def _adjust_kernel(  # type: ignore[no-untyped-def]
         for first in range(0, num_edits, BLOCK_EDITS):
             entries = first + tl.arange(0, BLOCK_EDITS)
             is_entry = entries < num_edits
-            entry_ptrs = edits_ptr + slot * edits_stride + 2 * entries
+            entry_ptrs = edits_ptr + seat * edits_stride + 2 * entries
             flagged = tl.load(entry_ptrs, mask=is_entry, other=vocab_size)
             bias = tl.load(entry_ptrs + 1, mask=is_entry, other=0).to(tl.float32, bitcast=True)
             tokens = flagged & (_BAN_FLAG - 1)
@@ -93,7 +93,7 @@ def adjust_logits(
     require_like("records", records, (num_rows, sampling_record.RECORD_WORDS), records)
     for name, tensor in (("records", records), ("edits", edits), ("counts", counts)):
         require(tensor.dtype == torch.int32 and tensor.is_contiguous(), name, "contiguous int32")
-    require(edits.dim() == 3 and edits.shape[2] == 2, "edits", "of shape (slots, entries, 2)")
+    require(edits.dim() == 3 and edits.shape[2] == 2, "edits", "of shape (seats, entries, 2)")
     require(out.dtype == torch.float32 and out.is_contiguous(), "out", "contiguous float32")
     require(out.shape == (num_rows, vocab_size), "out", f"of shape ({num_rows}, {vocab_size})")
     if num_rows == 0:

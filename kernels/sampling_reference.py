@@ -2,10 +2,10 @@
 
 logits    (any rows, vocab)                float32, bfloat16 or float16, any stride over rows
 records   (rows, RECORD_WORDS) int32       what each row is to become: `kernels.sampling_record`
-edits     (slots, entries, 2) int32        biases and bans of a slot, each token once: the token's
+edits     (seats, entries, 2) int32        biases and bans of a seat, each token once: the token's
                                            id, with BAN_FLAG if it ends the sequence, and the bits
                                            of the float32 to add
-counts    (slots, vocab) int32             how often the slot has said a token, and PROMPT_FLAG
+counts    (seats, vocab) int32             how often the seat has said a token, and PROMPT_FLAG
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kernels.sampling_record import (
     PRESENCE,
     PROMPT_FLAG,
     REPETITION,
-    SLOT,
+    SEAT,
     SOURCE,
     TARGET,
     TEMPERATURE,
@@ -53,16 +53,16 @@ def adjust_logits(
     """
     numbers = records.view(torch.float32)
     for row, (record, number) in enumerate(zip(records.tolist(), numbers.tolist(), strict=True)):
-        x, slot = out[row], record[SLOT]
+        x, seat = out[row], record[SEAT]
         x.copy_(logits[record[TARGET]])
         if record[NUM_EDITS]:
-            tokens, amounts = edits[slot, : record[NUM_EDITS]].unbind(1)
+            tokens, amounts = edits[seat, : record[NUM_EDITS]].unbind(1)
             ids = (tokens & ~BAN_FLAG).long()
             x[ids] += amounts.view(torch.float32)
             if record[IS_SHORT]:
                 x[ids[(tokens & BAN_FLAG) != 0]] = -torch.inf
         if record[IS_PENALIZED]:
-            _penalize(x, counts[slot], number)
+            _penalize(x, counts[seat], number)
     return out
 
 
@@ -94,7 +94,7 @@ def sample(
         logits: row SOURCE of a record is the record's; left as they are.
         filters: of the last records; those before them keep every token.
         counts: updated for the records that are penalised.
-        last_tokens: (more than slots,) int64; the slot's entry is written.
+        last_tokens: (more than seats,) int64; the seat's entry is written.
         results: (rows, 2) int32; row TARGET is written: the token, and the bits of the largest logit
             as float32. That one is finite exactly if the token means something: a row with NaN or
             plus infinity, or with nothing but minus infinity, gets some valid token.
@@ -112,13 +112,13 @@ def sample(
         is_all = len(random) == len(sources)
         drawn = _draw(logits if is_all else logits[random], records if is_all else records[random])
         tokens[random] = drawn
-    slots, targets = records[:, SLOT], records[:, TARGET]
-    last_tokens.index_copy_(0, slots.long(), tokens)
+    seats, targets = records[:, SEAT], records[:, TARGET]
+    last_tokens.index_copy_(0, seats.long(), tokens)
     made = torch.stack([tokens.int(), peaks.float().view(torch.int32)], dim=1)
     results.index_copy_(0, targets.long(), made)
     penalized = [row for row, record in enumerate(lists) if record[IS_PENALIZED]]
     if penalized:
-        counts[slots[penalized].long(), tokens[penalized]] += 1
+        counts[seats[penalized].long(), tokens[penalized]] += 1
 
 
 def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ TEMPERATURE = tl.constexpr(sampling_record.TEMPERATURE)
 LOG_MIN_P = tl.constexpr(sampling_record.LOG_MIN_P)
 SOURCE = tl.constexpr(sampling_record.SOURCE)
 TARGET = tl.constexpr(sampling_record.TARGET)
-SLOT = tl.constexpr(sampling_record.SLOT)
+SEAT = tl.constexpr(sampling_record.SEAT)
 IS_PENALIZED = tl.constexpr(sampling_record.IS_PENALIZED)
 LOWEST_KEY = tl.constexpr(-(2**31))  # below the key of any float
 
@@ -122,11 +122,11 @@ def choose(  # type: ignore[no-untyped-def]
         offset = tl.min(tl.where(has_weight_inside & (reached_inside > target), offsets, PART), 0)
         offset = tl.minimum(offset, tl.max(tl.where(has_weight_inside, offsets, 0), 0))
         token = part * PART + offset
-    slot = tl.load(record_ptr + SLOT).to(tl.int64)
+    seat = tl.load(record_ptr + SEAT).to(tl.int64)
     target_row = tl.load(record_ptr + TARGET)
-    tl.store(last_tokens_ptr + slot, token.to(tl.int64))
+    tl.store(last_tokens_ptr + seat, token.to(tl.int64))
     tl.store(results_ptr + 2 * target_row, token)
     tl.store(results_ptr + 2 * target_row + 1, peak.to(tl.int32, bitcast=True))
     if tl.load(record_ptr + IS_PENALIZED) != 0:
-        count_ptr = counts_ptr + slot * vocab_size + token
+        count_ptr = counts_ptr + seat * vocab_size + token
         tl.store(count_ptr, tl.load(count_ptr) + 1)

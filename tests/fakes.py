@@ -160,12 +160,12 @@ class PatternSampler:
         return Ready([self._one(row) for row in rows])
 
     def _one(self, row: SampleRow) -> Sampled:
-        context = self._runner.contexts[row.slot]
+        context = self._runner.contexts[row.seat]
         if row.history is not None:
             assert [*row.history[0], *row.history[1]] == context, "the sampler is told another history"
         token = next_token(context)
-        self._runner.last_tokens[row.slot] = token
-        if self._runner.names[row.slot] in self.broken:
+        self._runner.last_tokens[row.seat] = token
+        if self._runner.names[row.seat] in self.broken:
             return Sampled(0, error="not finite")
         return Sampled(token)
 

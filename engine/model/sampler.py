@@ -5,7 +5,7 @@ penalties; then argmax, or temperature, min_p, top_k, top_p and one draw. Rows t
 feature do not pay for it.
 
 The next step may be launched before the host knows this one's tokens. What it needs of them stays on
-the device, by slot: the newest token, and the counts of penalties.
+the device, by seat: the newest token, and the counts of penalties.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from engine.messages import SamplingParams, TokenLogprobs
 from engine.model.sampling_logprobs import details, parse, raw_logprobs
-from engine.model.sampling_slots import Records, SlotTable, is_penalized
-from engine.model.sampling_state import SlotState
+from engine.model.sampling_seats import Records, SeatTable, is_penalized
+from engine.model.sampling_state import SeatState
 from engine.model.sampling_transfer import Download, Transfer
 from kernels.backend import Kernels
 from kernels.sampling_record import RECORD_WORDS
@@ -30,13 +30,13 @@ class SampleRow:
     """What one row of logits is to become.
 
     Attributes:
-        slot: the sequence's KV slot; names its state on the device.
+        seat: the sequence's place in these tables; names its state on the device.
         num_outputs: output tokens before this one, those in flight included.
-        history: prompt and output ids if the slot was given to the sequence since its last sampled
-            row: the slot's state is set anew. None otherwise.
+        history: prompt and output ids if the seat was given to the sequence since its last sampled
+            row: the seat's state is set anew. None otherwise.
     """
 
-    slot: int
+    seat: int
     params: SamplingParams
     seed: int
     num_outputs: int
@@ -86,11 +86,11 @@ class Sampler:
     Args:
         eos_token_ids: the model's own stop tokens.
         device: where the logits are.
-        num_slots: slots are 0 .. num_slots - 1; a step has one row a slot at most.
+        num_seats: seats are 0 .. num_seats - 1; a step has one row a seat at most.
         kernels: the implementation for that device.
 
     Attributes:
-        last_tokens: (num_slots + 1,) int64 on the device, the newest token of each slot; the last entry
+        last_tokens: (num_seats + 1,) int64 on the device, the newest token of each seat; the last entry
             is nobody's. Never moves.
     """
 
@@ -99,20 +99,20 @@ class Sampler:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         device: torch.device,
-        num_slots: int,
+        num_seats: int,
         kernels: Kernels,
     ) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._device = device
         self._kernels = kernels
-        self._slots = SlotTable(num_slots, vocab_size, eos_token_ids)
-        self._state = SlotState(num_slots, vocab_size, device)
-        self._transfer = Transfer(num_slots, device)
-        self._workspace = kernels.sampling_workspace(num_slots, vocab_size, device)
+        self._seats = SeatTable(num_seats, vocab_size, eos_token_ids)
+        self._state = SeatState(num_seats, vocab_size, device)
+        self._transfer = Transfer(num_seats, device)
+        self._workspace = kernels.sampling_workspace(num_seats, vocab_size, device)
         # Logits after biases and penalties: made when the first request asks, for as many rows as ask.
         self._adjusted = torch.empty((0, vocab_size), dtype=torch.float32, device=device)
-        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self.last_tokens = torch.zeros(num_seats + 1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def launch(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> Pending:
@@ -125,7 +125,7 @@ class Sampler:
                 what is enqueued later.
 
         Raises:
-            torch.OutOfMemoryError: a table for penalties or log probabilities did not fit. The slots
+            torch.OutOfMemoryError: a table for penalties or log probabilities did not fit. The seats
                 of these rows need their history with the next row.
         """
         if not rows:  # nothing to choose; the step is still to be waited for
@@ -134,17 +134,17 @@ class Sampler:
         for row in rows:
             if row.history is not None:
                 self._assign(row, *row.history)
-        slots = np.array([row.slot for row in rows], np.int64)
-        records = self._slots.records(slots, np.array([row.num_outputs for row in rows], np.int64))
+        seats = np.array([row.seat for row in rows], np.int64)
+        records = self._seats.records(seats, np.array([row.num_outputs for row in rows], np.int64))
         wanted = {index: row.params.logprobs for index, row in enumerate(rows)}
         counts = {index: count for index, count in wanted.items() if count is not None}
-        places = np.array([*counts, *(rows[index].slot for index in counts)], np.int32)
+        places = np.array([*counts, *(rows[index].seat for index in counts)], np.int32)
         words = self._transfer.upload([records.words, places, *self._state.uploads()])
         end = records.words.size
         raw = None
         if counts:
-            indices, slot_words = words[end : end + places.size].view(2, -1)
-            raw = raw_logprobs(logits, indices, slot_words, max(counts.values()))
+            indices, seat_words = words[end : end + places.size].view(2, -1)
+            raw = raw_logprobs(logits, indices, seat_words, max(counts.values()))
         self._state.store(words[end + places.size :])
         self._choose(logits, records, words[:end].view(-1, RECORD_WORDS))
         found = None if raw is None else details(logits, raw, self.last_tokens)
@@ -159,15 +159,15 @@ class Sampler:
             SamplingParams(top_k=2, top_p=0.5),
             SamplingParams(top_k=2, top_p=0.5, logit_bias=((0, 1.0),), presence_penalty=1.0),
         )
-        rows = [SampleRow(slot, one, 0, 0, ((0,), ())) for slot, one in enumerate(params)]
+        rows = [SampleRow(seat, one, 0, 0, ((0,), ())) for seat, one in enumerate(params)]
         sampler.launch(logits, rows).wait()
 
     def _assign(self, row: SampleRow, prompt: Sequence[int], output: Sequence[int]) -> None:
-        edits = self._slots.assign(row.slot, row.params, row.seed)
+        edits = self._seats.assign(row.seat, row.params, row.seed)
         if len(edits):
-            self._state.set_edits(row.slot, edits)
+            self._state.set_edits(row.seat, edits)
         if is_penalized(row.params):
-            self._state.set_history(row.slot, prompt, output)
+            self._state.set_history(row.seat, prompt, output)
 
     def _choose(self, logits: torch.Tensor, records: Records, words: torch.Tensor) -> None:
         state, results, split = self._state, self._transfer.results, records.num_raw

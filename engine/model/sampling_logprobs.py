@@ -17,19 +17,19 @@ class RawLogprobs:
     """What is known before a token is chosen, on the device.
 
     Attributes:
-        rows, slots: (wanting rows,) int32, of the logits and of the newest tokens.
+        rows, seats: (wanting rows,) int32, of the logits and of the newest tokens.
         totals: (wanting rows, 1) float32, the logarithm of the sum of exp(logits).
         values, ids: (wanting rows, alternatives) the largest logits, best first, and their tokens.
     """
 
     rows: torch.Tensor
-    slots: torch.Tensor
+    seats: torch.Tensor
     totals: torch.Tensor
     values: torch.Tensor
     ids: torch.Tensor
 
 
-def raw_logprobs(logits: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, num_top: int) -> RawLogprobs:
+def raw_logprobs(logits: torch.Tensor, rows: torch.Tensor, seats: torch.Tensor, num_top: int) -> RawLogprobs:
     """Enqueue what needs no token. `num_top` alternatives, or the whole vocabulary if it has fewer."""
     totals, values, ids = [], [], []
     for some in torch.split(rows, _ROWS):
@@ -38,12 +38,12 @@ def raw_logprobs(logits: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, 
         totals.append(wanting.logsumexp(dim=-1, keepdim=True))
         values.append(top.values)
         ids.append(top.indices)
-    return RawLogprobs(rows, slots, torch.cat(totals), torch.cat(values), torch.cat(ids))
+    return RawLogprobs(rows, seats, torch.cat(totals), torch.cat(values), torch.cat(ids))
 
 
 def details(logits: torch.Tensor, raw: RawLogprobs, last_tokens: torch.Tensor) -> torch.Tensor:
     """(wanting rows, 1 + 2 * alternatives) float64, which holds ids exactly: what `parse` reads."""
-    tokens = last_tokens.index_select(0, raw.slots)
+    tokens = last_tokens.index_select(0, raw.seats)
     chosen = logits[raw.rows.long(), tokens].float()[:, None] - raw.totals
     return torch.cat([chosen.double(), (raw.values - raw.totals).double(), raw.ids.double()], dim=1)
 

@@ -17,7 +17,7 @@ from triton import knobs
 
 from engine.messages import SamplingParams
 from engine.model.sampler import Sampled, SampleRow
-from engine.model.sampling_slots import SlotTable
+from engine.model.sampling_seats import SeatTable
 from kernels import sampling_record
 from kernels.sampling_record import PROMPT_FLAG, Filters
 from tests.numerics.cases import DTYPES, Backend, strided
@@ -51,13 +51,13 @@ def draw_at(
     backend: Backend, logits: torch.Tensor, params: SamplingParams, spots: Sequence[float]
 ) -> list[int]:
     """Tokens of one row of logits at given places of its distribution, straight from the kernels."""
-    table = SlotTable(1, logits.shape[1], (EOS,))
+    table = SeatTable(1, logits.shape[1], (EOS,))
     table.assign(0, params, 0)
     words = table.records(np.zeros(1, np.int64), np.zeros(1, np.int64))
     records = torch.from_numpy(words.words).repeat(len(spots), 1)
     records.view(torch.float64)[:, sampling_record.UNIFORM] = torch.tensor(spots, dtype=torch.float64)
     records[:, sampling_record.TARGET] = torch.arange(len(spots), dtype=torch.int32)
-    records[:, sampling_record.SLOT] = torch.arange(len(spots), dtype=torch.int32)
+    records[:, sampling_record.SEAT] = torch.arange(len(spots), dtype=torch.int32)
     device, num_rows = backend.device, len(spots)
     last_tokens = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=device)
     results = torch.full((num_rows, 2), -1, dtype=torch.int32, device=device)
@@ -198,7 +198,7 @@ def test_rows_that_are_not_finite_fail_alone(backend: Backend, bad: float, param
 
 
 def test_adjusted_logits(backend: Backend) -> None:
-    """The values themselves, and no other slot's counts."""
+    """The values themselves, and no other seat's counts."""
     vocab, device = 300, backend.device
     rows = [
         row(
@@ -208,17 +208,17 @@ def test_adjusted_logits(backend: Backend) -> None:
         row(3, (4,), (4, 4), logit_bias=((4, 2.0),), repetition_penalty=0.5, presence_penalty=-1.0),
     ]
     logits = random_logits(3, vocab)
-    table = SlotTable(4, vocab, (EOS,))
+    table = SeatTable(4, vocab, (EOS,))
     edits = torch.zeros((4, 16, 2), dtype=torch.int32)
     counts = torch.full((4, vocab), 77, dtype=torch.int32)
     for one in rows:
         assert one.history is not None
-        found = torch.from_numpy(table.assign(one.slot, one.params, 0))
-        edits[one.slot, : len(found)] = found
-        counts[one.slot] = torch.bincount(torch.tensor(one.history[1], dtype=torch.int64), minlength=vocab)
-        counts[one.slot, list(one.history[0])] |= PROMPT_FLAG
-    slots, outputs = np.array([one.slot for one in rows]), np.array([one.num_outputs for one in rows])
-    records = torch.from_numpy(table.records(slots, outputs).words)
+        found = torch.from_numpy(table.assign(one.seat, one.params, 0))
+        edits[one.seat, : len(found)] = found
+        counts[one.seat] = torch.bincount(torch.tensor(one.history[1], dtype=torch.int64), minlength=vocab)
+        counts[one.seat, list(one.history[0])] |= PROMPT_FLAG
+    seats, outputs = np.array([one.seat for one in rows]), np.array([one.num_outputs for one in rows])
+    records = torch.from_numpy(table.records(seats, outputs).words)
     out = torch.full((3, vocab), torch.nan, device=device)
     backend.kernels.adjust_logits(
         logits.to(device), records.to(device), edits.to(device), counts.to(device), out
@@ -237,7 +237,7 @@ def test_steps_in_flight_count_their_own_tokens(backend: Backend) -> None:
             replace(one, num_outputs=one.num_outputs + step, history=one.history if step == 0 else None)
             for one in story.rows
         ]
-        # In another order each time: a slot, not a place in the batch, is what a sequence keeps.
+        # In another order each time: a seat, not a place in the batch, is what a sequence keeps.
         order = np.random.default_rng(step).permutation(len(rows)).tolist()
         logits = story.logits(step)[order].to(backend.device)
         pending.append((order, sampler.launch(logits, [rows[index] for index in order])))
@@ -299,8 +299,8 @@ def test_a_launch_neither_waits_nor_allocates_nor_compiles(
 ) -> None:
     from kernels import triton_backend
 
-    vocab, num_slots = 50_257, 40
-    sampler = make_sampler(vocab, num_slots, triton_backend, device)
+    vocab, num_seats = 50_257, 40
+    sampler = make_sampler(vocab, num_seats, triton_backend, device)
     sampler.warm_up(torch.bfloat16)
     compiled: list[str] = []
     monkeypatch.setattr(
@@ -308,22 +308,22 @@ def test_a_launch_neither_waits_nor_allocates_nor_compiles(
     )
     steady: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_p": 0.8}, {"top_k": 9, "min_p": 0.01}]
     asking: list[dict[str, Any]] = [{"presence_penalty": 0.5}, {"logit_bias": ((5, 1.0),), "top_p": 0.7}]
-    logits = random_logits(num_slots, vocab).bfloat16().to(device)
+    logits = random_logits(num_seats, vocab).bfloat16().to(device)
     for num_rows in (1, 16, 33, 40):
-        rows = [row(slot, seed=slot, **(steady + asking)[slot % 6]) for slot in range(num_rows)]
+        rows = [row(seat, seed=seat, **(steady + asking)[seat % 6]) for seat in range(num_rows)]
         with no_waiting():
             first = sampler.launch(logits, rows)
             second = sampler.launch(logits, [replace(one, history=None) for one in rows])
         assert tokens(first.wait()) == oracle_tokens(logits[:num_rows], rows)
         second.wait()
-    rows = [row(slot, seed=slot, **steady[slot % 4]) for slot in range(num_slots)]
+    rows = [row(seat, seed=seat, **steady[seat % 4]) for seat in range(num_seats)]
     sampler.launch(logits, rows).wait()
     steady_rows = [replace(one, history=None) for one in rows]
     allocations = torch.cuda.memory_stats(device)["allocation.all.allocated"]
     sampler.launch(logits, steady_rows).wait()
     assert torch.cuda.memory_stats(device)["allocation.all.allocated"] == allocations
     with no_waiting():
-        pending = sampler.launch(logits, [row(slot, logprobs=3, seed=slot) for slot in range(num_slots)])
+        pending = sampler.launch(logits, [row(seat, logprobs=3, seed=seat) for seat in range(num_seats)])
     found = pending.wait()
     best = torch.log_softmax(logits.float().cpu(), dim=-1).topk(3)
     assert found[7].logprobs is not None

@@ -22,22 +22,22 @@ _MASK = (1 << 64) - 1
 
 
 def row(
-    slot: int = 0, prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), seed: int = 0, **params: Any
+    seat: int = 0, prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), seed: int = 0, **params: Any
 ) -> SampleRow:
-    """A sequence that has just been given its slot."""
-    return SampleRow(slot, SamplingParams(**params), seed, len(output), (prompt, output))
+    """A sequence that has just been given its seat."""
+    return SampleRow(seat, SamplingParams(**params), seed, len(output), (prompt, output))
 
 
 def make_sampler(
-    vocab: int, num_slots: int, kernels: Kernels = reference, device: torch.device = CPU
+    vocab: int, num_seats: int, kernels: Kernels = reference, device: torch.device = CPU
 ) -> Sampler:
     """A sampler whose one end-of-sequence token is EOS."""
-    return Sampler(vocab, (EOS,), device, num_slots, kernels)
+    return Sampler(vocab, (EOS,), device, num_seats, kernels)
 
 
 def sample(logits: torch.Tensor, *rows: SampleRow, kernels: Kernels = reference) -> list[Sampled]:
-    """One step of a new sampler; the rows are moved to slots of their own."""
-    rows = tuple(replace(one, slot=slot) for slot, one in enumerate(rows))
+    """One step of a new sampler; the rows are moved to seats of their own."""
+    rows = tuple(replace(one, seat=seat) for seat, one in enumerate(rows))
     sampler = make_sampler(logits.shape[1], max(1, len(rows)), kernels, logits.device)
     return sampler.launch(logits, rows).wait()
 
@@ -169,15 +169,15 @@ def penalized_rows() -> list[SampleRow]:
         {},
     ]
     return [
-        row(slot, (1, 2), (4,) if slot % 2 else (), seed=slot, **one) for slot, one in enumerate(settings)
+        row(seat, (1, 2), (4,) if seat % 2 else (), seed=seat, **one) for seat, one in enumerate(settings)
     ]
 
 
 def varied_rows(vocab: int, seeds: int = 4) -> list[SampleRow]:
-    """Every variant with several seeds, in slots of their own."""
+    """Every variant with several seeds, in seats of their own."""
     prompt, output = tuple(range(2, vocab, 5)), (4, 4, 4, 6, 11, vocab - 1)
     settings = [(number, variant) for number in range(seeds) for variant in VARIANTS]
     return [
-        row(slot, prompt, output, seed=1000 * number - 7, **variant)
-        for slot, (number, variant) in enumerate(settings)
+        row(seat, prompt, output, seed=1000 * number - 7, **variant)
+        for seat, (number, variant) in enumerate(settings)
     ]

@@ -155,8 +155,8 @@ def test_padding_rows_of_logits_are_left_alone() -> None:
     assert sample(logits, *rows) == sample(logits[:3], *rows)
 
 
-def test_a_preempted_sequence_goes_on_in_another_slot() -> None:
-    """Another sequence uses the slot meanwhile; what it leaves there is forgotten."""
+def test_a_preempted_sequence_goes_on_in_another_seat() -> None:
+    """Another sequence uses the seat meanwhile; what it leaves there is forgotten."""
     story, sampler = Story(penalized_rows()[:3]), make_sampler(11, 3)
     expected = story.expected(6)
     said: list[list[int]] = [[] for _ in story.rows]
@@ -169,7 +169,7 @@ def test_a_preempted_sequence_goes_on_in_another_slot() -> None:
         for place, one, own in zip(places, story.rows, said, strict=True):
             assert one.history is not None
             history = (one.history[0], (*one.history[1], *own)) if is_new else None
-            rows.append(replace(one, slot=place, num_outputs=one.num_outputs + len(own), history=history))
+            rows.append(replace(one, seat=place, num_outputs=one.num_outputs + len(own), history=history))
         for own, result in zip(said, sampler.launch(story.logits(step), rows).wait(), strict=True):
             own.append(result.token_id)
     assert said == expected
@@ -204,7 +204,7 @@ def test_many_biases_and_long_histories() -> None:
     assert [result.token_id for result in sample(logits, *rows)] == oracle_tokens(logits, rows)
 
 
-def test_warm_up_leaves_the_slots_alone() -> None:
+def test_warm_up_leaves_the_seats_alone() -> None:
     sampler = make_sampler(30, 4)
     sampler.warm_up(torch.float32)
     assert not sampler.last_tokens.any()

@@ -1,7 +1,7 @@
-"""What the host knows of each slot's sampling: parameters as arrays, so that a step's records are one
+"""What the host knows of each seat's sampling: parameters as arrays, so that a step's records are one
 gather whatever the number of rows.
 
-The arrays belong to the sequence that was last assigned to the slot. What only the device knows, the
+The arrays belong to the sequence that was last assigned to the seat. What only the device knows, the
 newest token and the counts of penalties, is `engine.model.sampler`'s.
 """
 
@@ -28,7 +28,7 @@ RECORD = np.dtype(
         ("top_k", np.int32),
         ("source", np.int32),
         ("target", np.int32),
-        ("slot", np.int32),
+        ("seat", np.int32),
         ("num_edits", np.int32),
         ("is_short", np.int32),
         ("is_penalized", np.int32),
@@ -61,20 +61,20 @@ class Records:
     adjusted: Filters
 
 
-class SlotTable:
-    """The sampling parameters of the sequence in each slot."""
+class SeatTable:
+    """The sampling parameters of the sequence in each seat."""
 
-    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, num_seats: int, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._records = np.zeros(num_slots, RECORD)
-        self._seeds = np.zeros(num_slots, np.uint64)
-        self._min_tokens = np.zeros(num_slots, np.int64)
-        self._asks = np.zeros(num_slots, np.bool_)
-        self._filters = np.zeros(num_slots, np.bool_)
+        self._records = np.zeros(num_seats, RECORD)
+        self._seeds = np.zeros(num_seats, np.uint64)
+        self._min_tokens = np.zeros(num_seats, np.int64)
+        self._asks = np.zeros(num_seats, np.bool_)
+        self._filters = np.zeros(num_seats, np.bool_)
 
-    def assign(self, slot: int, params: SamplingParams, seed: int) -> Int32Array:
-        """Give the slot to a sequence.
+    def assign(self, seat: int, params: SamplingParams, seed: int) -> Int32Array:
+        """Give the seat to a sequence.
 
         Returns:
             (entries, 2) its row of the kernels' `edits`, empty if it has neither biases nor bans.
@@ -82,8 +82,8 @@ class SlotTable:
         greedy = params.temperature == 0.0 or params.top_k == 1
         top_k = params.top_k if params.top_k < self._vocab_size else 0
         edits = self._edits(params)
-        record = self._records[slot]
-        record["slot"] = slot
+        record = self._records[seat]
+        record["seat"] = seat
         record["temperature"] = 0.0 if greedy else max(params.temperature, _COLDEST)
         record["top_p"] = params.top_p
         record["top_k"] = top_k
@@ -93,28 +93,28 @@ class SlotTable:
         record["repetition"] = params.repetition_penalty
         record["presence"] = params.presence_penalty
         record["frequency"] = params.frequency_penalty
-        self._seeds[slot] = _mix_one(seed & _MASK)
+        self._seeds[seat] = _mix_one(seed & _MASK)
         has_bans = bool((edits[:, 0] & BAN_FLAG).any())
-        self._min_tokens[slot] = params.min_tokens if has_bans else 0
-        self._asks[slot] = is_penalized(params) or bool(params.logit_bias)
-        self._filters[slot] = not greedy and (params.min_p > 0.0 or top_k > 0 or params.top_p < 1.0)
+        self._min_tokens[seat] = params.min_tokens if has_bans else 0
+        self._asks[seat] = is_penalized(params) or bool(params.logit_bias)
+        self._filters[seat] = not greedy and (params.min_p > 0.0 or top_k > 0 or params.top_p < 1.0)
         return edits
 
-    def records(self, slots: Int64Array, num_outputs: Int64Array) -> Records:
+    def records(self, seats: Int64Array, num_outputs: Int64Array) -> Records:
         """The records of a step.
 
         Args:
-            slots: (rows,) the slot of each row of logits.
+            seats: (rows,) the seat of each row of logits.
             num_outputs: (rows,) output tokens before the one to choose.
         """
-        records = self._records[slots]
-        records["uniform"] = uniforms(self._seeds[slots], num_outputs)
-        records["source"] = records["target"] = np.arange(len(slots), dtype=np.int32)
-        is_short = num_outputs < self._min_tokens[slots]
+        records = self._records[seats]
+        records["uniform"] = uniforms(self._seeds[seats], num_outputs)
+        records["source"] = records["target"] = np.arange(len(seats), dtype=np.int32)
+        is_short = num_outputs < self._min_tokens[seats]
         records["is_short"] = is_short
-        asks, filters = self._asks[slots] | is_short, self._filters[slots]
+        asks, filters = self._asks[seats] | is_short, self._filters[seats]
         num_asking = int(np.count_nonzero(asks))
-        num_raw = len(slots) - num_asking
+        num_raw = len(seats) - num_asking
         if num_asking or filters.any():
             order = np.argsort(2 * asks + filters, kind="stable")
             records, filters = records[order], filters[order]

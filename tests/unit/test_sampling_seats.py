@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.messages import SamplingParams
-from engine.model.sampling_slots import RECORD, SlotTable, uniforms
+from engine.model.sampling_seats import RECORD, SeatTable, uniforms
 from kernels import sampling_record
 from kernels.sampling_record import BAN_FLAG, RECORD_WORDS, Filters
 from tests.unit.sampling_cases import EOS, uniform
@@ -14,9 +14,9 @@ from tests.unit.sampling_cases import EOS, uniform
 
 def numbers(seeds: list[int], counts: list[int]) -> np.ndarray:
     """The uniform numbers that the records of sequences with these seeds hold."""
-    table = SlotTable(len(seeds), 10, (EOS,))
-    for slot, seed in enumerate(seeds):
-        table.assign(slot, SamplingParams(), seed)
+    table = SeatTable(len(seeds), 10, (EOS,))
+    for seat, seed in enumerate(seeds):
+        table.assign(seat, SamplingParams(), seed)
     words = table.records(np.arange(len(seeds)), np.array(counts)).words
     return words.view(np.float64)[:, sampling_record.UNIFORM]
 
@@ -49,7 +49,7 @@ def test_records_lie_as_the_kernels_read_them(name: str) -> None:
 
 
 def test_rows_that_share_a_kernel_lie_together() -> None:
-    table = SlotTable(6, 100, (EOS,))
+    table = SeatTable(6, 100, (EOS,))
     settings = [
         SamplingParams(presence_penalty=1.0, top_k=4),
         SamplingParams(top_p=0.5),
@@ -58,24 +58,24 @@ def test_rows_that_share_a_kernel_lie_together() -> None:
         SamplingParams(min_p=0.5, top_k=100),
         SamplingParams(),
     ]
-    for slot, params in enumerate(settings):
-        table.assign(slot, params, slot)
-    slots = np.array([5, 4, 3, 2, 1, 0])
-    records = table.records(slots, np.full(6, 1))
+    for seat, params in enumerate(settings):
+        table.assign(seat, params, seat)
+    seats = np.array([5, 4, 3, 2, 1, 0])
+    records = table.records(seats, np.full(6, 1))
     words = records.words
-    assert words[:, sampling_record.SLOT].tolist() == [5, 2, 4, 1, 3, 0]
+    assert words[:, sampling_record.SEAT].tolist() == [5, 2, 4, 1, 3, 0]
     assert words[:, sampling_record.TARGET].tolist() == [0, 3, 1, 4, 2, 5]
     assert words[:, sampling_record.SOURCE].tolist() == [0, 3, 1, 4, 0, 1]
     assert records.num_raw == 4
     assert records.raw == Filters(2, has_top_k=False, has_top_p=True)
     assert records.adjusted == Filters(1, has_top_k=True, has_top_p=False)
-    later = table.records(slots, np.full(6, 2))
+    later = table.records(seats, np.full(6, 2))
     assert later.num_raw == 5
-    assert later.words[:, sampling_record.SLOT].tolist() == [5, 3, 2, 4, 1, 0]
+    assert later.words[:, sampling_record.SEAT].tolist() == [5, 3, 2, 4, 1, 0]
 
 
 def test_edits_name_each_token_once() -> None:
-    table = SlotTable(1, 100, (EOS,))
+    table = SeatTable(1, 100, (EOS,))
     params = SamplingParams(
         max_tokens=4,
         min_tokens=2,
@@ -90,6 +90,6 @@ def test_edits_name_each_token_once() -> None:
 
 
 def test_min_tokens_without_a_token_to_ban_asks_for_nothing() -> None:
-    table = SlotTable(1, 100, (EOS,))
+    table = SeatTable(1, 100, (EOS,))
     table.assign(0, SamplingParams(max_tokens=4, min_tokens=3, ignore_eos=True), 0)
     assert table.records(np.zeros(1, np.int64), np.zeros(1, np.int64)).num_raw == 1
