@@ -206,9 +206,9 @@ class Engine:
         plan = self._schedule_and_reserve()
         if plan is not None:
             self._launch(plan)
-            ahead = self._config.memory.map_ahead_tokens
+            ahead, limits = self._config.memory.map_ahead_tokens, self._config.scheduler
             if ahead:
-                self._pool.map_ahead(self._scheduler.upcoming(ahead))
+                self._pool.map_ahead(self._scheduler.upcoming(ahead), limits.max_num_batched_tokens)
         elif not self._in_flight:
             self.snapshot = self._take_snapshot()
             return busy

@@ -88,6 +88,11 @@ class ChunkPool:
         return len(self._warm)
 
     @property
+    def num_unmapped(self) -> int:
+        """Free chunks that are mapped nowhere, those not made yet included."""
+        return self._num_uncreated + len(self._idle)
+
+    @property
     def num_sent(self) -> int:
         """Free chunks on their way to where they will be needed."""
         return self._num_sent

@@ -38,6 +38,17 @@ class FreeSlots:
         del self._warm[slot]
         return slot
 
+    def spare(self, num_rows: int) -> int | None:
+        """A slot to prepare `num_rows` rows in for whoever comes next; None if one is prepared already."""
+        for slot, (low, high) in self._warm.items():
+            if low == 0 and high >= num_rows:
+                return slot if self._kv.num_warm_rows(slot, 0, num_rows) < num_rows else None
+        if not self._empty:
+            return None
+        slot = self._empty.pop()
+        self._warm[slot] = (0, num_rows)
+        return slot
+
     def _overlap(self, slot: int, begin: int, end: int) -> int:
         low, high = self._warm[slot]
         return max(0, min(high, end) - max(low, begin))

@@ -179,12 +179,20 @@ class KvCache:
         self._begin[slot] = self._end[slot] = self._highest[slot] = begin
 
     def num_warm_rows(self, slot: int, begin: int, end: int) -> int:
-        """Rows from `begin` up to `end` of an empty slot that need no driver call, up to a gap."""
-        tensor, first = self.tensors[0], self.first_row(slot)
+        """Rows from `begin` up to `end` of an empty slot that need no driver call, or whose call is on its
+        way, up to a gap.
+        """
+        tensor, first = self.tensors[-1], self.first_row(slot)
         count = begin
-        while count < end and tensor.can_adopt(first + count):
+        while count < end and (tensor.can_adopt(first + count) or tensor.is_awaited(first + count)):
             count += 1
         return count - begin
+
+    def empty_places(self, slot: int, num_rows: int) -> list[tuple[VirtualTensor, int]]:
+        """Where nothing is mapped, nor about to be, in an empty slot's first rows."""
+        first = self.first_row(slot)
+        rows = range(first, first + num_rows)
+        return [(tensor, row) for row in rows for tensor in self.tensors if tensor.is_empty(row)]
 
     def num_missing(self, growth: Sequence[tuple[int, int]]) -> int:
         """Chunks that slots lack before they can hold so many tokens: (slot, tokens) of each."""

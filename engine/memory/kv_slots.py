@@ -11,6 +11,7 @@ from engine.memory.chunks import ChunkPool
 from engine.memory.free_slots import FreeSlots
 from engine.memory.kv_cache import KvCache
 from engine.memory.prefix import PrefixCache
+from engine.memory.virtual_tensor import VirtualTensor
 from engine.messages import BlockCopy
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ class KvSlots:
     def num_evictable(self) -> int:
         """Chunks with KV that no live sequence reads."""
         return self.prefixes.num_evictable * self._kv.geometry.num_groups
+
+    def unprepared(self, num_tokens: int) -> list[tuple[VirtualTensor, int]]:
+        """What to map so that a prompt of that length could start in an empty slot without a driver call."""
+        num_rows = min(self._kv.geometry.rows_for(num_tokens), self._kv.rows_per_slot)
+        slot = self._free_slots.spare(num_rows)
+        return [] if slot is None else self._kv.empty_places(slot, num_rows)
 
     def chunks_to_open(self, match: Match | None, num_tokens: int) -> int:
         """Chunks that room for KV loses if a sequence of that length is opened on a match, in the end."""

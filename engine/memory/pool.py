@@ -183,10 +183,17 @@ class MemoryPool:
         """The step has finished on the device."""
         self.chunks.finished(step)
 
-    def map_ahead(self, growth: Iterable[tuple[int, int]]) -> None:
-        """Let the mapping thread prepare slots that will soon hold so many tokens, from free chunks."""
-        self.chunks.receive()
-        room = _MAX_AHEAD - self.chunks.num_sent
+    def map_ahead(self, growth: Iterable[tuple[int, int]], prompt_tokens: int) -> None:
+        """Let the mapping thread prepare what will be needed soon, from free chunks.
+
+        Args:
+            growth: (slot, tokens) of slots that will soon hold so many.
+            prompt_tokens: of a prompt that might come next. An empty slot is prepared for it from chunks
+                that are mapped nowhere, once nothing else is to do.
+        """
+        chunks = self.chunks
+        chunks.receive()
+        room = _MAX_AHEAD - chunks.num_sent
         targets: list[Place] = []
         for slot, tokens in growth:
             if len(targets) >= room:
@@ -195,8 +202,10 @@ class MemoryPool:
                 (tensor, row) for tensor, row in self.kv.missing(slot, tokens) if tensor.is_empty(row)
             ]
         if targets:
-            self._slots.evict(len(targets) - self.chunks.num_free + self.chunks.num_sent)
-            self.chunks.send_ahead(targets[:room])
+            self._slots.evict(len(targets) - chunks.num_free + chunks.num_sent)
+            chunks.send_ahead(targets[:room])
+        elif chunks.num_unmapped and not chunks.num_sent and self._mode != "static":
+            chunks.send_ahead(self._slots.unprepared(prompt_tokens)[: min(room, chunks.num_unmapped)])
 
     def trim(self, drops_cache: bool = False) -> int:
         """Give every free chunk back to the system, the arena's idle tail included; bytes released.

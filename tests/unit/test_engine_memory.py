@@ -97,6 +97,20 @@ def test_a_slot_used_again_needs_no_driver_call() -> None:
     bench.assert_idle()
 
 
+def test_a_prompt_finds_its_memory_prepared() -> None:
+    """While one is served, an empty slot is prepared for the next one, of up to a step's tokens."""
+    bench = Bench(128, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64))
+    serve(bench, [ask("a", 60, 12)])
+    bench.pool.chunks.receive(wait=True)
+    calls = bench.vm.num_calls
+    serve(bench, [ask("b", 55, 4)])
+    assert bench.vm.num_calls == calls
+    bench.pool.chunks.receive(wait=True)
+    calls = bench.vm.num_calls
+    serve(bench, [ask("c", 50, 10)])
+    assert bench.vm.num_calls == calls
+
+
 def test_activations_are_lent_to_kv_in_elastic_mode_only() -> None:
     """A large prefill backs the arena; a sequence that then needs every chunk gets the arena's tail."""
     held = {}

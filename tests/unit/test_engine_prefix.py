@@ -41,7 +41,7 @@ def cached(bench: Bench, name: str) -> int:
 
 
 def test_the_next_turn_goes_on_in_place() -> None:
-    bench = Bench()
+    bench = Bench(memory=MemoryConfig(map_ahead_tokens=0))
     first = tokens("first", 50)
     run(bench, request("a", first, 20))
     calls, said = (bench.vm.num_calls, bench.vm.num_calls_beside), bench.deltas["a"].token_ids
