@@ -251,18 +251,10 @@ class ChunkPool:
             sent.append(one)
         if not sent:
             return
-        moves = [
-            Move(
-                None if one.chunk is None else self._handles[one.chunk],
-                one.source and one.source[0].address_of(one.source[1]),
-                one.target[0].address_of(one.target[1]),
-            )
-            for one in sent
-        ]
         for one in sent:
             one.target[0].awaits(one.target[1])
         self._num_sent += len(sent)
-        self._sent.append((self.vm.submit(moves), sent))
+        self._sent.append((self.vm.submit([self._move(one) for one in sent]), sent))
 
     def receive(self, wait: bool = False) -> None:
         """Take in what the mapping thread has done; with `wait`, all that it was given."""
@@ -284,7 +276,7 @@ class ChunkPool:
         self.total = total
 
     def create_all(self) -> None:
-        """Make every chunk of the budget now, as a static engine does."""
+        """Make every chunk of the budget now."""
         self._create(self._num_uncreated)
 
     def trim(self) -> int:
@@ -371,6 +363,11 @@ class ChunkPool:
         source[0].unmapped(source[1])
         source[0].awaits(source[1])
         return _Sent(chunk, source, target)
+
+    def _move(self, one: _Sent) -> Move:
+        handle = None if one.chunk is None else self._handles[one.chunk]
+        source = one.source and one.source[0].address_of(one.source[1])
+        return Move(handle, source, one.target[0].address_of(one.target[1]))
 
     def _arrived(self, one: _Sent, moved: Moved) -> None:
         source, (tensor, row) = one.source, one.target

@@ -164,8 +164,8 @@ def load_with(compiler: str | None, cache: Path | None) -> Library | None:
         except (OSError, subprocess.SubprocessError) as error:
             reason = f"{compiler} did not build the helper: {_told(error)}"
     logger.warning(
-        "memory is mapped from Python: steps wait for calls that a thread makes beside them otherwise, and "
-        "nothing is mapped ahead of need. The cause: %s. Remedy: install gcc and the C library's headers "
+        "memory is mapped from Python, which is slower, and steps wait for calls that a thread makes beside "
+        "them otherwise. The cause: %s. Remedy: install gcc and the C library's headers "
         "(Debian: apt-get install gcc libc6-dev), and start again",
         reason,
     )

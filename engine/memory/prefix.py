@@ -6,7 +6,8 @@ happen to a prompt whose beginning is there:
 
     in place    a finished conversation goes on in its own slot: nothing is copied, no driver call
     shared      its first tokens are read through the slot that holds them (its *source*)
-    aliased     blocks the source itself reads elsewhere are mapped once more, into the new slot
+    aliased     where the slot that holds them reads its own beginning through another one: its source is
+                taken over, and the blocks in its own rows are mapped once more, into the new slot
     copied      the tokens that agree within the block after those
 
 Blocks that are full never change. A slot is live while a sequence writes to it, and closed afterwards:
