@@ -8,6 +8,7 @@ from engine.memory.pool import MemoryPool
 from engine.sequence import Sequence, State
 
 _LOOK_AHEAD = 64  # waiting requests that may overtake the first
+_MOST = 0.75  # of a prompt, that must be there for it
 
 
 class Admission:
@@ -36,7 +37,7 @@ class Admission:
             return None
         if head.num_overtaken < self._max_overtaken and self._displaces(head, active, draft):
             for seq in waiting[1:_LOOK_AHEAD]:
-                if seq.wants is not None and not seq.num_in_flight and self._is_mostly_there(seq, draft):
+                if not seq.num_in_flight and self._was_there(seq) and self._is_mostly_there(seq, draft):
                     return seq
         return head
 
@@ -63,8 +64,18 @@ class Admission:
         return need > draft.room(1) - self._promised(active, draft) - others
 
     def _is_mostly_there(self, seq: Sequence, draft: Draft) -> bool:
-        match, length = self.match(seq, draft), seq.num_tokens
-        return match is not None and match.num_tokens >= length - length // 4
+        match = self.match(seq, draft)
+        return match is not None and match.num_tokens >= seq.num_tokens * _MOST
+
+    def _was_there(self, seq: Sequence) -> bool:
+        """A quick look, since a step may ask it of every waiting request: whether the slot that held its
+        beginning when it came still holds as much.
+        """
+        prefixes = self._pool.prefixes
+        if seq.wants is None or seq.wants not in prefixes:
+            return False
+        tokens = prefixes[seq.wants].tokens
+        return tokens is not None and len(tokens) >= seq.num_tokens * _MOST
 
     def _watermark(self, seq: Sequence, active: list[Sequence]) -> int:
         """Chunks to leave for sequences to grow into, so that starting one more does not preempt one soon:
