@@ -1,0 +1,91 @@
+"""The demo model says the same with the KV of earlier prompts as without, token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cluster.tokenizer import Tokenizer
+from engine.build import build_engine
+from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
+from engine.messages import GenerateRequest, SamplingParams
+from tests.fakes import Collected
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+
+NUM_TOKENS = 14
+CHUNK_BYTES = 32 * 1024  # 21 tokens of one layer: prompts of a sentence have several blocks
+SYSTEM = (
+    "<|im_start|>system\nYou are a patient teacher who answers in one short sentence, without lists, and "
+    "who never invents facts that are not known. If the question is unclear, say so and ask for more.<|im_end|>\n"
+)
+QUESTIONS = (
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nName a large animal of the sea.<|im_end|>\n<|im_start|>assistant\n",
+)
+MORE = "<|im_end|>\n<|im_start|>user\nAnd the next one?<|im_end|>\n<|im_start|>assistant\n"
+
+Prompts = Mapping[str, tuple[int, ...]]
+
+
+class Run:
+    """An engine on the demo model, driven by hand, and everything it said."""
+
+    def __init__(self, path: Path, enable_prefix_caching: bool) -> None:
+        self.deltas = Collected()
+        config = EngineConfig(
+            ModelSource("demo", str(path), dtype="float32"),
+            MemoryConfig(
+                pool_bytes=96 * MIB, chunk_bytes=CHUNK_BYTES, enable_prefix_caching=enable_prefix_caching
+            ),
+            SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=128),
+            max_model_len=256,
+        )
+        self.engine = build_engine(config, self.deltas.take)
+        self.tokens_per_block = self.engine.info.tokens_per_chunk
+
+    def together(self, prompts: Prompts) -> None:
+        sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+        for name, prompt in prompts.items():
+            self.engine.submit(GenerateRequest(name, prompt, sampling))
+        while self.engine.step():
+            pass
+
+    def cached(self, prompts: Prompts) -> list[int]:
+        return [self.deltas[name].num_cached_tokens for name in prompts]
+
+
+def test_greedy_tokens_do_not_depend_on_what_is_cached(demo_model_path: Path) -> None:
+    tokenizer = Tokenizer.load(str(demo_model_path))
+    plain, caching = Run(demo_model_path, False), Run(demo_model_path, True)
+    per_block = caching.tokens_per_block
+    system = len(tokenizer.encode(SYSTEM))
+    assert system > 2 * per_block, "or nothing is shared"
+    asked = {f"ask{at}": tuple(tokenizer.encode(SYSTEM + text)) for at, text in enumerate(QUESTIONS)}
+    plain.together(asked)
+    caching.together(asked)
+    shared = system // per_block * per_block
+    assert caching.cached(asked) == [0, shared, shared], "the system prompt was computed once, in one batch"
+
+    said = {name: prompt + plain.deltas[name].token_ids for name, prompt in asked.items()}
+    more = tuple(tokenizer.encode(MORE))
+    middle = system // per_block * per_block + per_block // 2
+    rounds: list[Prompts] = [
+        {f"again {name}": prompt for name, prompt in asked.items()},
+        {f"on {name}": tokens + more for name, tokens in said.items()},
+        {f"fork {at}": said["ask1"][: middle + at] + more for at in (0, 3)},
+    ]
+    for prompts in rounds:
+        plain.together(prompts)
+        caching.together(prompts)
+        assert min(caching.cached(prompts)) >= shared
+    ons = caching.cached(rounds[1])
+    assert ons == [len(tokens) - 1 for tokens in said.values()], "conversations go on where they ended"
+    assert max(caching.cached(rounds[2])) % per_block > 0, "the beginning of a block was copied"
+    assert max(plain.cached(asked)) == plain.engine.snapshot.prefix_hits == 0
+    for name, delta in plain.deltas.items():
+        assert caching.deltas[name].token_ids == delta.token_ids, name
+        assert len(delta.token_ids) == NUM_TOKENS
