@@ -310,6 +310,8 @@ class Scheduler:
             num_kept = 0  # an orphan: what it was to read will not be computed
         elif not is_sound:
             num_kept = min(num_kept, prefixes.distrust(slot))
+        if seq.copy is not None:  # not made: the block it was for holds nothing
+            num_kept -= num_kept % self._pool.kv.geometry.tokens_per_chunk
         self._active.remove(seq)
         self._pool.hash(seq.chain, seq.tokens, num_kept)
         self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))

@@ -93,11 +93,12 @@ class Slot:
         blocks: from token 0 on; those of a live slot may not be backed yet.
         source, shared: the slot through which the first `shared` blocks are read.
         readers: slots that read this one, and how many blocks of it.
+        copiers: slots that will copy from this one, and how many of its tokens they will have then.
         tokens: what a closed slot holds; None while it is live.
         tail: the hash after which a closed slot's unfinished block follows.
         num_ready, num_known: leading blocks that are computed, and whose hashes are known.
         pending: blocks of others that are not computed yet.
-        copying: the block whose beginning is to be copied.
+        copies_from: the slot that a block's beginning is to be copied from.
         last_used: counts up.
         wanted: waiting requests that will read it, and how urgent they are (smaller first).
     """
@@ -106,12 +107,13 @@ class Slot:
     source: int | None = None
     shared: int = 0
     readers: dict[int, int] = field(default_factory=dict)
+    copiers: dict[int, int] = field(default_factory=dict)
     tokens: Sequence[int] | None = None
     tail: bytes | None = None
     num_ready: int = 0
     num_known: int = 0
     pending: list[Block] = field(default_factory=list)
-    copying: Block | None = None
+    copies_from: int | None = None
     last_used: int = 0
     wanted: dict[str, tuple[float, str]] = field(default_factory=dict)
 
@@ -119,11 +121,15 @@ class Slot:
     def is_closed(self) -> bool:
         return self.tokens is not None
 
-    @property
-    def num_pinned(self) -> int:
+    def num_read(self, tokens_per_block: int) -> int:
+        """Leading blocks that other slots read through this one, or will copy from."""
+        copied = [-(-count // tokens_per_block) for count in self.copiers.values()]
+        return max([*self.readers.values(), *copied, 0])
+
+    def num_pinned(self, tokens_per_block: int) -> int:
         """Leading blocks that must stay where they are."""
         in_use = sum(1 for _ in takewhile(lambda block: block.users > 0, self.blocks))
-        return max([self.shared, in_use, *self.readers.values()])
+        return max(self.shared, in_use, self.num_read(tokens_per_block))
 
 
 @dataclass(frozen=True, slots=True)

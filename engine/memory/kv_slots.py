@@ -77,7 +77,8 @@ class KvSlots:
             opened_or_none = None if slot is None else self._open_empty(slot, match)
             self.prefixes.release(held)
             if opened_or_none is None:
-                return None
+                # Every slot may hold what the match needs: then without it, rather than never.
+                return None if match is None else self.open(None, chain, num_tokens)
             opened = opened_or_none
         self.prefixes.plan(opened.slot, chain, min(num_tokens // self._per_block, len(chain.digests)))
         return opened
@@ -119,7 +120,7 @@ class KvSlots:
             self.evict((end - begin) * self._kv.geometry.num_groups - self._chunks.num_free)
         for slot in self.prefixes.closed() if not self._free_slots else ():
             books = self.prefixes[slot]
-            if books.num_pinned <= books.shared:
+            if books.num_pinned(self._per_block) <= books.shared:
                 self._shrink(slot, len(books.blocks))
                 self._chunks.settle()
             if self._free_slots:

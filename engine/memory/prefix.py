@@ -150,17 +150,19 @@ class PrefixCache:
         self._touch(match.slot)
 
     def copy_from(self, number: int, match: Match) -> None:
-        """Hold on to the block whose beginning a new slot copies, until `copied`."""
-        block = self._slots[match.slot].blocks[match.num_blocks]
-        self._use(block)
-        self._slots[number].copying = block
+        """Keep the block whose beginning a new slot copies where it is, until `copied`."""
+        self._slots[match.slot].copiers[number] = match.num_tokens
+        self._slots[number].copies_from = match.slot
+        self._use(self._slots[match.slot].blocks[match.num_blocks])
 
     def copied(self, number: int) -> None:
-        """The copy has been launched."""
+        """The copy has been launched, or will not be needed."""
         slot = self._slots[number]
-        if slot.copying is not None:
-            self._unuse(slot.copying)
-            slot.copying = None
+        if slot.copies_from is not None:
+            source = self._slots[slot.copies_from]
+            num_tokens = source.copiers.pop(number)
+            self._unuse(source.blocks[num_tokens // self._per_block])
+            slot.copies_from = None
 
     def plan(self, number: int, chain: TokenChain, num_blocks: int) -> None:
         """Announce the blocks a live sequence is going to compute, so that others wait for them."""
@@ -195,8 +197,9 @@ class PrefixCache:
 
     def orphans(self, number: int, num_tokens: int) -> list[int]:
         """Slots that read more of a slot than the tokens it has computed: they wait in vain if it closes."""
-        readers = self._slots[number].readers
-        return [reader for reader, count in readers.items() if count * self._per_block > num_tokens]
+        slot = self._slots[number]
+        read = {reader: count * self._per_block for reader, count in slot.readers.items()}
+        return [reader for reader, count in (*read.items(), *slot.copiers.items()) if count > num_tokens]
 
     def distrust(self, number: int) -> int:
         """Let nobody else find what a slot computed itself; tokens that others have begun to read of it."""
@@ -204,7 +207,7 @@ class PrefixCache:
         for block in slot.blocks[slot.shared :]:
             self._forget_digest(block)
         slot.num_known = max(slot.num_known, len(slot.blocks))
-        return max(slot.readers.values(), default=0) * self._per_block
+        return max([count * self._per_block for count in slot.readers.values()] + [*slot.copiers.values(), 0])
 
     def close(self, number: int, chain: TokenChain, tokens: Sequence[int]) -> int:
         """A sequence leaves its slot, which has computed `tokens`; how many blocks stay in it."""
@@ -214,6 +217,10 @@ class PrefixCache:
         self._extend(slot, number, num_blocks)
         self.computed(number, keep)
         self.known(number, chain)
+        for block in slot.blocks[keep // self._per_block :]:
+            if block.holders == {number}:
+                self._forget_digest(block)  # it was announced, and will never be full
+        slot.num_known = min(slot.num_known, keep // self._per_block)
         for block in slot.blocks:
             self._unuse(block)
         slot.tokens = tokens[:keep]
@@ -232,7 +239,7 @@ class PrefixCache:
             Blocks that the slot has left, and the newest step that may read the others.
         """
         slot, target = self._slots[number], max(0, self.num_evictable - num_blocks)
-        pinned, read_until = slot.num_pinned, 0
+        pinned, read_until = slot.num_pinned(self._per_block), 0
         while len(slot.blocks) > pinned and self.num_evictable > target:
             read_until = max(read_until, slot.blocks[-1].read_until)
             self._cut(number, len(slot.blocks) - 1)
@@ -253,7 +260,7 @@ class PrefixCache:
     def try_remove(self, number: int) -> bool:
         """End a closed slot that holds no blocks of its own and that nobody reads."""
         slot = self._slots[number]
-        if not slot.is_closed or slot.readers or len(slot.blocks) > slot.shared:
+        if not slot.is_closed or slot.readers or slot.copiers or len(slot.blocks) > slot.shared:
             return False
         self._forget_tail(number)
         if slot.source is not None:
@@ -296,7 +303,7 @@ class PrefixCache:
         """Whether hardly anything of a closed slot would be lost, and nobody else reads that."""
         if slot.tokens is None or len(slot.tokens) - common >= max(1, self._per_block // 4):
             return False
-        return max(slot.readers.values(), default=0) <= count and all(
+        return slot.num_read(self._per_block) <= count and all(
             block.users == 0 and block.holders == {number} for block in slot.blocks[count:]
         )
 

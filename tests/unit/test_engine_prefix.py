@@ -80,7 +80,7 @@ def test_prompts_that_begin_alike_are_computed_once_even_in_one_step() -> None:
 
 
 def test_sharing_costs_no_driver_call_for_what_is_shared() -> None:
-    bench = Bench(128)
+    bench = Bench(128, MemoryConfig(map_ahead_tokens=0))
     system = tokens("system", 4 * T)
     run(bench, request("first", [*system, 5], 2))
     before = bench.vm.num_calls + bench.vm.num_calls_beside

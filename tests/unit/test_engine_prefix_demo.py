@@ -15,11 +15,11 @@ from tests.fakes import Collected
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
-NUM_TOKENS = 14
+NUM_TOKENS = 12
 CHUNK_BYTES = 32 * 1024  # 21 tokens of one layer: prompts of a sentence have several blocks
 SYSTEM = (
     "<|im_start|>system\nYou are a patient teacher who answers in one short sentence, without lists, and "
-    "who never invents facts that are not known. If the question is unclear, say so and ask for more.<|im_end|>\n"
+    "who never invents facts that are unknown to you. If the question is unclear, say so and ask.<|im_end|>\n"
 )
 QUESTIONS = (
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
@@ -76,7 +76,7 @@ def test_greedy_tokens_do_not_depend_on_what_is_cached(demo_model_path: Path) ->
     rounds: list[Prompts] = [
         {f"again {name}": prompt for name, prompt in asked.items()},
         {f"on {name}": tokens + more for name, tokens in said.items()},
-        {f"fork {at}": said["ask1"][: middle + at] + more for at in (0, 3)},
+        {f"fork {at}": said["ask0"][: middle + at] + more for at in (0, 3)},
     ]
     for prompts in rounds:
         plain.together(prompts)
