@@ -227,7 +227,7 @@ class KvCache:
                 tensor.alias(rows, [tensor.chunk_at(row) for row in there])
             except DriverError:
                 for other in self.tensors[:done]:
-                    other.drop(rows)
+                    other.drop(rows, read_until=0)  # no step has seen them
                 raise
         self._end[slot] += count
         self._highest[slot] = self._end[slot]

@@ -153,6 +153,7 @@ class KvSlots:
             self._kv.alias(slot, from_slot, end - begin)
         except DriverError as error:
             logger.warning("a shared prefix is computed again: %s", error)
+            self._chunks.settle()
             return 0
         return end - begin
 

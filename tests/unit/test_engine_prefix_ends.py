@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import SchedulerConfig
+from engine.config import MemoryConfig, SchedulerConfig
 from engine.messages import GenerateRequest, SamplingParams
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench
@@ -102,3 +102,23 @@ def test_a_prompt_starts_although_every_other_slot_holds_what_it_would_read() ->
     run(bench, request("second", (*system, *tokens("second", 50))))
     assert bench.pool.prefixes[1].source == 0
     run(bench, request("third", (*system, *tokens("second", 35), *tokens("third", 20))))
+
+
+@pytest.mark.parametrize("call", ["map", "access"])
+@pytest.mark.parametrize("after", range(9))
+def test_a_prefix_that_cannot_be_mapped_once_more_is_computed_again(call: str, after: int) -> None:
+    """Two blocks of a fork of a fork, in four layer groups: one of these calls is refused, or the next."""
+    vm = FailingVirtualMemory(CHUNK_BYTES, 128)
+    bench = Bench(128, MemoryConfig(map_ahead_tokens=0), max_model_len=320, vm=vm)
+    system, chat = tokens("system", 2 * T), tokens("chat", 2 * T + 20)
+    run(bench, request("first", (*system, *tokens("other", 70)), 2))
+    run(bench, request("chat", (*system, *chat), 30))
+    busy = request("busy", tokens("busy", 20), 10)  # so that steps are in flight, if they may be
+    bench.engine.submit(busy)
+    for _ in range(3):
+        bench.engine.step()
+    vm.refuse(call, after=after)
+    assert run(bench, request("fork", (*system, *chat, *tokens("fork", 10)))) >= 2 * T
+    expect(bench, busy)
+    assert vm.refusals.num_refused[call] == 1
+    vm.close()

@@ -269,3 +269,24 @@ def test_random_conversations(mode: Mode, total: int, num_slots: int) -> None:
     assert (now.kv, now.cached, now.retiring, now.kv_tokens) == (0, 0, 0, 0)
     assert now.created == now.guard + now.activation == now.total - now.free
     talk.vm.close()
+
+
+def test_the_arena_keeps_what_graphs_replay_in() -> None:
+    """Room for KV ends where the lowest chunks of the arena begin, however small the step."""
+    talk = Conversations(1, "elastic", 44, 8)
+    assert talk.pool.reserve([], 40, 6)
+    talk.pool.keep_backed(20, 4)
+    for _ in range(NUM_SEQS):
+        opened = talk.pool.open_slot(None, TokenChain("", T), LONGEST)
+        assert opened is not None
+        held = 0
+        while (
+            talk.pool.kv.num_missing([(opened.slot, held + 1)]) <= talk.pool.room_for_kv(1, 1)
+            and held < LONGEST
+        ):
+            held += 1
+            assert talk.pool.reserve([(opened.slot, held)], 1, 1), "the room was there"
+    assert held < LONGEST, "the pool is not full"
+    assert talk.pool.arena.is_backed(20, 4)
+    talk.pool.check()
+    talk.vm.close()

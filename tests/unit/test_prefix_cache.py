@@ -66,7 +66,7 @@ class Books(PrefixCache):
 
 def found(match: Match | None) -> tuple[int, int, bool] | None:
     """Slot, tokens, and whether it goes on in place."""
-    return match and (match.slot, match.num_tokens, match.is_in_place)
+    return None if match is None else (match.slot, match.num_tokens, match.is_in_place)
 
 
 @given(TOKENS, TOKENS, st.sampled_from(["", "a"]), st.sampled_from(["", "a"]))
