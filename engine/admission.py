@@ -37,13 +37,12 @@ class Admission:
             return None
         if head.num_overtaken < self._max_overtaken and self._displaces(head, active, draft):
             for seq in waiting[1:_LOOK_AHEAD]:
-                if not seq.num_in_flight and self._was_there(seq) and self._is_mostly_there(seq, draft):
+                if not seq.num_in_flight and self._was_there(seq) and _is_most(seq, self.match(seq, draft)):
                     return seq
         return head
 
     def match(self, seq: Sequence, draft: Draft) -> Match | None:
         """What of a waiting sequence is there, or will be when the draft has run."""
-        self._pool.hash(seq.chain, seq.tokens, seq.num_tokens)
         return self._pool.match(seq.chain, seq.tokens, seq.num_tokens, draft.number)
 
     def may_start(self, seq: Sequence, match: Match | None, active: list[Sequence], draft: Draft) -> bool:
@@ -57,15 +56,12 @@ class Admission:
 
     def _displaces(self, seq: Sequence, active: list[Sequence], draft: Draft) -> bool:
         """Whether much of a request's KV would take the place of what other waiting requests will read."""
-        if not active or self._is_mostly_there(seq, draft):
+        pool, match = self._pool, self.match(seq, draft)
+        if not active or _is_most(seq, match):
             return False
-        need = self._pool.chunks_to_open(self.match(seq, draft), seq.num_tokens + 1)
-        others = self._pool.chunks_wanted(but_by=seq.request_id)
-        return need > draft.room(1) - self._promised(active, draft) - others
-
-    def _is_mostly_there(self, seq: Sequence, draft: Draft) -> bool:
-        match = self.match(seq, draft)
-        return match is not None and match.num_tokens >= seq.num_tokens * _MOST
+        left = draft.room(1) - self._promised(active, draft) - pool.chunks_to_open(match, seq.num_tokens + 1)
+        # What others want is part of what can be evicted, and takes a look at every slot.
+        return left < pool.num_evictable and left < pool.chunks_wanted(but_by=seq.request_id)
 
     def _was_there(self, seq: Sequence) -> bool:
         """A quick look, since a step may ask it of every waiting request: whether the slot that held its
@@ -101,3 +97,7 @@ class Admission:
                     seq.held_slot, seq.num_computed + planned.get(id(seq), 0)
                 )
         return total
+
+
+def _is_most(seq: Sequence, match: Match | None) -> bool:
+    return match is not None and match.num_tokens >= seq.num_tokens * _MOST

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 _CPU_POOL_BYTES = 1024 * MIB
 _CPU_CHUNK_BYTES = MIB // 2
 _GPU_CHUNK_BYTES = 2 * MIB
-_GRAPH_BYTES = 512 * MIB  # set aside until they are measured; 90 graphs of an 8B model hold 202 MiB (H100)
+_GRAPH_BYTES = 512 * MIB  # set aside until they are measured; 90 graphs of an 8B model hold 304 MiB (H100)
 _SLOTS_PER_SEQUENCE = 4  # addresses only: finished conversations keep theirs while their KV is cached
 _SMALLEST_PIECE = 16  # tokens; an elastic engine cuts a prompt this small before it gives up
 

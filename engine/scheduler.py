@@ -216,7 +216,7 @@ class Scheduler:
         seq.open(opened, self._free_seats.pop())
         seq.move(State.PREFILLING)
         insort(self._active, seq, key=_age)
-        if not seq.num_preemptions:
+        if self._pool.prefixes.is_enabled and not seq.num_preemptions:
             self.prefix_queries += seq.num_tokens
             self.prefix_hits += opened.num_tokens
         return True
@@ -274,7 +274,6 @@ class Scheduler:
 
     def _wait(self, seq: Sequence) -> None:
         insort(self._waiting, seq, key=_age)
-        self._pool.hash(seq.chain, seq.tokens, seq.num_known)
         match = self._pool.match(seq.chain, seq.tokens, seq.num_known, _NO_DRAFT)
         if match is not None:
             seq.wants = match.slot

@@ -88,6 +88,11 @@ class MemoryPool:
         return self._slots.num_free
 
     @property
+    def num_evictable(self) -> int:
+        """Chunks with KV that no live sequence reads."""
+        return self._slots.num_evictable
+
+    @property
     def created_bytes(self) -> int:
         """Physical memory behind the pool's chunks."""
         return self.chunks.num_created * self._vm.chunk_bytes
@@ -127,6 +132,7 @@ class MemoryPool:
 
     def match(self, chain: TokenChain, tokens: Tokens, num_tokens: int, draft: int) -> Match | None:
         """What of a sequence is there already, or will be when the draft of that number has run."""
+        self.hash(chain, tokens, num_tokens)
         return self.prefixes.match(chain, tokens, num_tokens, draft)
 
     def chunks_to_open(self, match: Match | None, num_tokens: int) -> int:
@@ -316,9 +322,8 @@ class MemoryPool:
 
     def _back_every_slot(self, max_model_len: int) -> None:
         for slot in range(self.kv.num_slots):
-            places = self.kv.missing(slot, max_model_len)
-            chunks = self._take_or_raise(len(places), "kv")
-            self.chunks.map(places, chunks)
-            for tensor, row in places:
-                tensor.back(row)
+            if not self._map(self.kv.missing(slot, max_model_len)):
+                raise ConfigError(
+                    "the device refused to map a slot of memory.mode static: lower max_num_seqs"
+                )
             self.kv.grown(slot, max_model_len)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +21,8 @@ import torch
 
 from tests.bench.engine_options import MODES, EngineOptions
 from tests.bench.models import LLAMAS, MODELS
+from tests.bench.processes import run_module
 
-_LOG_LINES = 40  # of a process that failed
 _GIB = 2**30
 _MACHINE = ("gpu", "versions", "commit")
 _LONG_TOKENS = 131_072  # of the prompts that targets are stated for
@@ -67,20 +66,10 @@ def _probe(mode: str, args: argparse.Namespace, free_before: int | None) -> dict
         max_num_seqs=args.max_num_seqs,
         kv_gib=args.kv_gib,
     )
-    out, log = (args.out / f"memory-{mode}.json").resolve(), args.out / f"memory-{mode}.log"
-    out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.bench.memory_probe", "--model", args.model]
-    command += ["--sizes", *map(str, args.sizes), "--piece", str(args.piece), "--out", str(out)]
-    command += [] if free_before is None else ["--free-before", str(free_before)]
-    command += options.words()
-    print(f"probing {mode} (log: {log})", flush=True)
-    with log.open("w") as sink:
-        status = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT).returncode
-    if status == 0:
-        return dict(json.loads(out.read_text()))
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-    print(f"{mode} failed with status {status}; the end of its log:\n{tail}", flush=True)
-    return {"error": f"status {status}, see {log}"}
+    words = ["--model", args.model, "--sizes", *map(str, args.sizes), "--piece", str(args.piece)]
+    words += [] if free_before is None else ["--free-before", str(free_before)]
+    words += options.words()
+    return run_module("tests.bench.memory_probe", words, args.out / f"memory-{mode}", f"{mode} mode")
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -74,23 +74,40 @@ def _run_process(
 ) -> dict[str, Any]:
     kv_gib, names = contender.options.kv_gib, [workload.name for workload in workloads]
     stem = f"{contender.name}-{'all' if kv_gib is None else f'{kv_gib:g}gib'}"
-    out, log = (args.out / f"{stem}.json").resolve(), args.out / f"{stem}.log"
-    out.unlink(missing_ok=True)
-    words = engine_words(contender, workloads, args)
-    command = [sys.executable, "-m", "tests.bench.run_engine", *words]
-    command += ["--out", str(out), "--started", repr(time.time())]
+    words = [*engine_words(contender, workloads, args), "--started", repr(time.time())]
     environment = dict(os.environ)
     if contender.engine == "vllm" and args.vllm_site is not None:
         paths = [str(args.vllm_site.resolve()), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    print(f"running {contender.name}: {', '.join(names)} (log: {log})", flush=True)
+    title = f"{contender.name}: {', '.join(names)}"
+    result = run_module("tests.bench.run_engine", words, args.out / stem, title, environment)
+    return {"engine": contender.engine, **result}
+
+
+def run_module(
+    module: str,
+    words: Sequence[str],
+    stem: Path,
+    title: str,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run a benchmark in a process of its own; what it wrote to `--out`, or `error`.
+
+    Args:
+        stem: of the result (.json) and the log (.log).
+        title: printed, with the end of the log if it fails.
+    """
+    out, log = stem.with_name(stem.name + ".json").resolve(), stem.with_name(stem.name + ".log")
+    out.unlink(missing_ok=True)
+    print(f"running {title} (log: {log})", flush=True)
+    command = [sys.executable, "-m", module, *words, "--out", str(out)]
     with log.open("w") as sink:
         status = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, env=environment).returncode
     if status == 0:
         return dict(json.loads(out.read_text()))
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-    print(f"{contender.name} failed with status {status}; the end of its log:\n{tail}", flush=True)
-    return {"engine": contender.engine, "error": f"status {status}, see {log}"}
+    print(f"{title} failed with status {status}; the end of its log:\n{tail}", flush=True)
+    return {"error": f"status {status}, see {log}"}
 
 
 def engine_words(contender: Contender, workloads: Sequence[Workload], args: argparse.Namespace) -> list[str]:

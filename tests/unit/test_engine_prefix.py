@@ -137,6 +137,7 @@ def test_nothing_is_kept_where_it_is_not_wanted() -> None:
     assert bench.pool.snapshot().cached == 0
     run(bench, request("b", tokens("p", 70)))
     assert cached(bench, "b") == 0
+    assert bench.engine.snapshot.prefix_queries == 0, "nobody looked"
 
 
 def test_what_a_failed_request_computed_is_not_kept() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from engine.config import MemoryConfig, SchedulerConfig
 from engine.messages import GenerateRequest, SamplingParams
+from engine.sequence import Sequence
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench
 from tests.unit.engine_cases import expect, tokens
@@ -39,23 +40,8 @@ def test_nobody_waits_for_a_block_whose_sequence_ended_within_it() -> None:
     assert run(bench, request("again", prompt)) == T - 8
 
 
-def test_a_fork_that_ends_before_its_copy_was_made_leaves_the_copied_tokens_out() -> None:
-    bench = Bench(128, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=128))
-    chat = tokens("chat", T + 20)
-    run(bench, request("chat", chat, 20))
-    fork = request("fork", (*chat, *tokens("fork", 6)))
-    bench.engine.submit(fork)
-    bench.engine._apply_orders()
-    assert bench.scheduler.schedule() is not None  # drafted, and not launched: the driver might refuse
-    seq = bench.scheduler.get("fork")
-    assert seq is not None
-    assert seq.copy is not None
-    bench.engine.cancel("fork")
-    assert run(bench, request("again", fork.prompt_token_ids)) == T + 20
-
-
-def test_a_preempted_fork_whose_copy_was_not_made_computes_what_it_lacks() -> None:
-    """The same, as it comes about: memory is short for the step that would have made the copy."""
+def drafted_fork() -> tuple[Bench, GenerateRequest, Sequence]:
+    """A fork with a block to copy, drafted and not launched: the driver might refuse."""
     bench = Bench(128, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=128))
     chat = tokens("chat", T + 20)
     run(bench, request("chat", chat, 20))
@@ -65,6 +51,19 @@ def test_a_preempted_fork_whose_copy_was_not_made_computes_what_it_lacks() -> No
     assert bench.scheduler.schedule() is not None
     seq = bench.scheduler.get("fork")
     assert seq is not None
+    assert seq.copy is not None
+    return bench, fork, seq
+
+
+def test_a_fork_that_ends_before_its_copy_was_made_leaves_the_copied_tokens_out() -> None:
+    bench, fork, _ = drafted_fork()
+    bench.engine.cancel("fork")
+    assert run(bench, request("again", fork.prompt_token_ids)) == T + 20
+
+
+def test_a_preempted_fork_whose_copy_was_not_made_computes_what_it_lacks() -> None:
+    """The same, as it comes about: memory is short for the step that would have made the copy."""
+    bench, fork, seq = drafted_fork()
     bench.scheduler.preempt(seq)
     bench.run()
     expect(bench, fork)
