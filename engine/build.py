@@ -6,6 +6,7 @@ sequence they can hold.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -210,6 +211,7 @@ def make_driver(
     if device.type == "cuda":
         from engine.memory.cuda_vmm import CudaVirtualMemory  # a CPU machine may lack the CUDA driver
 
+        gc.collect()  # an engine that was dropped may still have its memory
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         nbytes = memory.pool_bytes or free - memory.margin_bytes - graph_bytes

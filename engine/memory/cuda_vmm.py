@@ -62,7 +62,8 @@ class CudaVirtualMemory(ChunkDriver):
 
     def view(self, address: int, num_chunks: int) -> torch.Tensor:
         """torch asks the driver about the first address only: refused if that is not mapped."""
-        return torch.as_tensor(_DeviceArray(address, num_chunks * self.chunk_bytes), device=self._device)
+        array = _DeviceArray(address, num_chunks * self.chunk_bytes, self)
+        return torch.as_tensor(array, device=self._device)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -151,9 +152,10 @@ def _address(function: str) -> int:
 
 
 class _DeviceArray:
-    """Raw device memory in the form that torch accepts from other libraries."""
+    """Raw device memory in the form that torch accepts from other libraries; a tensor keeps its owner alive."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    def __init__(self, address: int, nbytes: int, owner: CudaVirtualMemory) -> None:
+        self._owner = owner
         self.__cuda_array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",

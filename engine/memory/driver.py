@@ -6,6 +6,8 @@ The books here say what is mapped and made, so that `close` can return it; who m
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -28,6 +30,9 @@ _OUTCOMES = {
 class ChunkDriver:
     """The verbs of `VirtualMemory` on chunks, over a mapper. The thread ends with the driver, or at exit.
 
+    Memory goes back when nobody refers to the driver or to a view of it any more, without a `close`: whoever
+    drops an engine expects that.
+
     Args:
         chunk_bytes: size of a chunk.
         mapper: makes the calls.
@@ -43,7 +48,8 @@ class ChunkDriver:
         self._stuck: set[int] = set()  # those whose map had to be undone, and the driver refused to
         self._tickets: dict[int, Batch] = {}  # alive until they are done: `_end` runs before this goes
         self._last_ticket = 0
-        self._end = weakref.finalize(self, mapper.close)
+        self._process = os.getpid()
+        self._end = weakref.finalize(self, mapper.close)  # last: `__del__` looks for it
 
     @property
     def num_calls(self) -> int:
@@ -119,6 +125,11 @@ class ChunkDriver:
         for known in (self._places, self._stuck, self._handles):
             known.clear()
         self._end()
+
+    def __del__(self) -> None:
+        # Not for one half made. At exit the system takes everything back; a forked child owns nothing of it.
+        if "_end" in vars(self) and not sys.is_finalizing() and os.getpid() == self._process:
+            self.close()
 
     def _run(self, batch: Batch, verb: str) -> int:
         done = self._mapper.run(batch, stop=True)

@@ -92,6 +92,7 @@ class HostVirtualMemory(ChunkDriver):
     def view(self, address: int, num_chunks: int) -> torch.Tensor:
         nbytes = num_chunks * self.chunk_bytes
         buffer = (ctypes.c_char * nbytes).from_address(address)
+        buffer.owner = self  # type: ignore[attr-defined]  # mapped for as long as the tensor lives
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def close(self) -> None:
@@ -214,9 +215,10 @@ def _map_fixed(address: int, nbytes: int, protection: int, flags: int, file: int
 
 
 def _max_places() -> int:
-    """Places that chunks may be mapped at, half of three quarters of what Linux allows a process
-    (vm.max_map_count): each costs two mappings, one for it and one for the gap beside it. Beyond the limit
-    unmapping fails too, and so does the next allocation of whoever else is in the process.
+    """Places that chunks may be mapped at: each costs two mappings, one for it and one for the gap beside it.
+
+    A quarter of what Linux allows a process (vm.max_map_count) is left to the rest of it, or more if that has
+    more by now. Beyond the limit unmapping fails too, and so does anybody's next allocation.
     """
-    with open("/proc/sys/vm/max_map_count") as file:
-        return int(file.read()) * 3 // 4 // 2
+    with open("/proc/sys/vm/max_map_count") as limit, open("/proc/self/maps") as maps:
+        return (int(limit.read()) * 3 // 4 - sum(1 for _ in maps)) // 2

@@ -111,7 +111,10 @@ class VirtualMemory(Protocol):
         """How the moves of a ticket ended, in their order; waits until they have. Once for each ticket."""
 
     def view(self, address: int, num_chunks: int) -> torch.Tensor:
-        """A uint8 tensor over a range whose first chunk is mapped; the rest may be mapped later."""
+        """A uint8 tensor over a range whose first chunk is mapped; the rest may be mapped later.
+
+        It keeps the driver alive: memory goes back once neither is referred to.
+        """
 
     def close(self) -> None:
-        """End the thread, return every range and chunk. Views must be gone."""
+        """End the thread, return every range and chunk, now. Views must not be used any more."""

@@ -148,6 +148,21 @@ def test_close_gives_back_what_is_made_and_mapped(make_vm: Make) -> None:
     assert free_bytes() >= free - CHUNK
 
 
+def test_memory_goes_back_when_nobody_refers_to_it() -> None:
+    from engine.memory.cuda_vmm import CudaVirtualMemory
+
+    vm = CudaVirtualMemory(DEVICE, CHUNK)
+    base = vm.reserve(64)
+    vm.map(places(base, *range(64)), vm.create(64))
+    view = vm.view(base, 64)
+    del vm
+    view[-1] = 7
+    assert int(view[-1]) == 7
+    free = free_bytes()
+    del view
+    assert free_bytes() >= free + 64 * CHUNK
+
+
 def test_the_margin_is_left_to_others(make_vm: Make, caplog: pytest.LogCaptureFixture) -> None:
     """Somebody else takes memory after the driver was made: it stops where the margin begins."""
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Two hundred requests of every kind through everything, a fifth of them abandoned half-way."""
+"""A hundred and twenty requests of every kind through everything, a fifth of them abandoned half-way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.messages import EngineSnapshot
 pytestmark = [pytest.mark.ray, pytest.mark.model, pytest.mark.timeout(600)]
 
 MODEL = "smollm2-135m-instruct"
-NUM_REQUESTS = 200
+NUM_REQUESTS = 120
 WORDS = ("the", "sea", "a", "ship", "seven", "men", "sailed", "to", "find", "an", "island", "of", "birds")
 
 

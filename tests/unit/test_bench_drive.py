@@ -159,7 +159,7 @@ def _tiny(folder: Path) -> BallonetStepper:
 
 
 def test_our_engine_is_driven_to_the_end(tmp_path: Path) -> None:
-    workload = RandomPlan(3, 20, 5, request_rate=50.0, vocab_size=3000).workload("w")
+    workload = RandomPlan(3, 20, 5, vocab_size=3000).workload("w")
     driven = drive(_tiny(tmp_path), workload)
     assert [record.error for record in driven.records] == [None] * 3
     assert [record.output_tokens for record in driven.records] == [5] * 3

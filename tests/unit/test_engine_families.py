@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 from pathlib import Path
 
@@ -54,6 +56,24 @@ def test_greedy_tokens_equal_transformers(
     memory = engine.snapshot.memory
     assert memory.free + memory.cached + memory.activation + memory.guard == memory.total
     assert (engine.snapshot.num_preemptions > 0) == (pool_kib == 160)
+
+
+def test_a_dropped_engine_gives_its_memory_back(tmp_path: Path) -> None:
+    """Nothing has to be closed; parts that refer to one another wait for the collector, as ever."""
+    save_tiny("llama", tmp_path)
+    engine = build_engine(config(tmp_path, 4096, None), Collected().take)
+    engine.submit(GenerateRequest("a", PROMPTS[0], SamplingParams(max_tokens=NUM_TOKENS)))
+    engine.step()
+    pool_file = os.fstat(engine._pool._vm._file.fileno()).st_ino  # type: ignore[attr-defined]
+    assert _num_mapped(pool_file) > 0
+    del engine
+    gc.collect()
+    assert _num_mapped(pool_file) == 0
+
+
+def _num_mapped(inode: int) -> int:
+    with open("/proc/self/maps") as maps:
+        return sum(f" {inode} " in line and "ballonet-pool" in line for line in maps)
 
 
 def test_a_pool_too_small_for_one_sequence_says_what_to_set(tmp_path: Path) -> None:

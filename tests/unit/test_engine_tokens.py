@@ -113,7 +113,7 @@ def test_alone(
     demo_model_path: Path, prompts: list[tuple[int, ...]], expected: list[tuple[int, ...]]
 ) -> None:
     run = Run(demo_model_path)
-    for prompt, tokens in zip(prompts, expected, strict=True):
+    for prompt, tokens in list(zip(prompts, expected, strict=True))[::4]:  # all of them take a minute
         assert run.together([prompt]) == [tokens]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def num_mapped(vm: HostVirtualMemory) -> int:
     inode = f" {os.fstat(vm._file.fileno()).st_ino} "
     with open("/proc/self/maps") as maps:
         return sum(inode in line and "memfd" in line for line in maps)
+
+
+def is_mapped(address: int) -> bool:
+    """Whether a mapping begins there."""
+    with open("/proc/self/maps") as maps:
+        return any(line.startswith(f"{address:x}-") for line in maps)
+
+
+def max_mappings() -> int:
+    """What Linux allows a process."""
+    with open("/proc/sys/vm/max_map_count") as file:
+        limit = int(file.read())
+    if limit > 1 << 18:
+        pytest.skip(f"vm.max_map_count is {limit}: that many mappings would take minutes")
+    return limit
 
 
 def test_a_chunk_shows_at_every_address_it_is_mapped_to(make_vm: Make) -> None:
@@ -196,17 +212,59 @@ def test_limits_are_explained() -> None:
 
 def test_places_are_limited_before_linux_is_out_of_mappings(make_vm: Make) -> None:
     """One chunk at every second place costs two mappings each, however few chunks there are."""
-    with open("/proc/sys/vm/max_map_count") as file:
-        limit = int(file.read())
-    if limit > 1 << 18:
-        pytest.skip(f"vm.max_map_count is {limit}: that many mappings would take minutes")
+    limit = max_mappings()
     vm = make_vm(4096, 1)
     base = vm.reserve(limit)
     addresses = [base + 2 * index * 4096 for index in range(limit // 2)]
     with pytest.raises(DriverError, match="Cannot allocate memory"):
         vm.map(addresses, vm.create(1) * len(addresses))
-    vm.map(addresses[: limit // 4], [0] * (limit // 4))
-    assert vm.unmap(addresses[: limit // 4]) == limit // 4
+    fewer = addresses[: limit // 8]
+    vm.map(fewer, [0] * len(fewer))
+    assert vm.unmap(fewer) == len(fewer)
+
+
+def test_mappings_that_others_made_are_counted(make_vm: Make) -> None:
+    limit = max_mappings()
+    crowd = mmap.mmap(-1, 4096 * limit, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, 3 * limit // 5, 2):  # each page that differs costs itself and the one behind it
+        crowd.madvise(mmap.MADV_DONTDUMP, page * 4096, 4096)
+    vm = make_vm(4096, 1)
+    base = vm.reserve(limit)
+    addresses = [base + 2 * index * 4096 for index in range(limit // 4)]
+    with pytest.raises(DriverError, match="Cannot allocate memory"):
+        vm.map(addresses, vm.create(1) * len(addresses))
+    assert num_mapped(vm) == 0, "and nothing of it stays"
+    with pytest.raises(ConfigError, match="raise memory.chunk_bytes"):
+        make_vm(4096, limit // 4)
+    crowd.close()
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+def test_memory_goes_back_when_nobody_refers_to_it(use_native: bool) -> None:
+    """A view is a reference: what it shows stays mapped."""
+    vm = HostVirtualMemory(CHUNK, 8, use_native)
+    base = vm.reserve(2)
+    vm.map([base], vm.create(1))
+    vm.submit([Move(None, None, base + CHUNK)])
+    view = vm.view(base, 2)[CHUNK:]
+    del vm
+    view[5] = 7
+    assert view[5] == 7
+    del view
+    assert not is_mapped(base)
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+def test_what_a_forked_child_drops_stays_its_parents(use_native: bool) -> None:
+    vm = HostVirtualMemory(CHUNK, 8, use_native)
+    base = vm.reserve(1)
+    vm.map([base], vm.create(1))
+    vm.view(base, 1)[0] = 7
+    if not (child := os.fork()):
+        del vm
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert vm.view(base, 1)[0] == 7
 
 
 def test_close_returns_the_address_space(make_vm: Make) -> None:
@@ -214,9 +272,7 @@ def test_close_returns_the_address_space(make_vm: Make) -> None:
     base = vm.reserve(4)
     vm.map([base], vm.create(1))
     vm.submit([Move(None, None, base + CHUNK)])
-    with open("/proc/self/maps") as maps:
-        assert f"{base:x}" in maps.read()
+    assert is_mapped(base)
     vm.close()
     vm.close()
-    with open("/proc/self/maps") as maps:
-        assert f"{base:x}-" not in maps.read()
+    assert not is_mapped(base)
