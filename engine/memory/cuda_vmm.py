@@ -152,7 +152,7 @@ def _address(function: str) -> int:
 
 
 class _DeviceArray:
-    """Raw device memory in the form that torch accepts from other libraries; a tensor keeps its owner alive."""
+    """Raw device memory in the form that torch accepts from other libraries; a tensor keeps its owner."""
 
     def __init__(self, address: int, nbytes: int, owner: CudaVirtualMemory) -> None:
         self._owner = owner
