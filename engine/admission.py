@@ -59,7 +59,10 @@ class Admission:
         pool, match = self._pool, self.match(seq, draft)
         if not active or _is_most(seq, match):
             return False
-        left = draft.room(1) - self._promised(active, draft) - pool.chunks_to_open(match, seq.num_tokens + 1)
+        # The arena's idle tail is room, but not for the piece that computes there.
+        piece = min(seq.num_tokens - (match.num_tokens if match else 0), draft.tokens_left)
+        left = draft.room(piece) - self._promised(active, draft)
+        left -= pool.chunks_to_open(match, seq.num_tokens + 1)
         # What others want is part of what can be evicted, and takes a look at every slot.
         return left < pool.num_evictable and left < pool.chunks_wanted(but_by=seq.request_id)
 

@@ -225,6 +225,24 @@ def test_turns_whose_kv_is_there_may_go_first() -> None:
     assert computed(overtaking) < 0.8 * computed(in_order)
 
 
+def test_the_arena_of_its_own_prompt_is_no_room_for_a_request() -> None:
+    """Its idle tail could be lent, but the piece of a prompt as long as that computes there."""
+    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=512)
+    bench = Bench(150, scheduler=limits, max_model_len=600)
+    chat = list(tokens("chat", 479))
+    run(bench, request("turn0", chat, 1))
+    bench.engine.submit(request("running", tokens("running", 10), 60))
+    bench.engine.step()
+    bench.engine.submit(request("other", tokens("other", 300), 1))
+    bench.engine.submit(request("turn1", [*chat, *bench.deltas["turn0"].token_ids, 5], 1))
+    while "other" not in bench.deltas:
+        bench.engine.step()
+    assert "turn1" in bench.deltas
+    assert cached(bench, "turn1") == 479
+    bench.run()
+    bench.assert_idle()
+
+
 def test_nobody_is_overtaken_for_ever() -> None:
     """Once a request has been overtaken that often, it goes first, whatever it displaces."""
     bench = Bench(60, scheduler=SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=64, max_overtaken=3))
