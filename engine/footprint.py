@@ -25,8 +25,8 @@ class Footprint:
         self._free_at_start = self._free()
         self._weight_bytes = 0
         self._graph_bytes = 0
-        self._workspace_bytes = 0
-        self._reserved = 0
+        self._workspace_at_start = self._workspace_bytes = 0
+        self._reserved_at_start = 0
         self._num_snapshots = 0
 
     def started(self, weight_bytes: int, graph_bytes: int, pool_bytes: int) -> None:
@@ -34,8 +34,9 @@ class Footprint:
         self._weight_bytes, self._graph_bytes = weight_bytes, graph_bytes
         if self._is_cuda:
             used = self._free_at_start - self._free()
-            self._workspace_bytes = max(0, used - weight_bytes - graph_bytes - pool_bytes)
-            self._reserved = torch.cuda.memory_reserved(self._device)
+            self._workspace_at_start = max(0, used - weight_bytes - graph_bytes - pool_bytes)
+            self._reserved_at_start = torch.cuda.memory_reserved(self._device)
+            self._look()
 
     def describe(self, memory: MemorySnapshot) -> MemorySnapshot:
         """The snapshot with the bytes outside the pool filled in."""
@@ -67,9 +68,8 @@ class Footprint:
         return max(0, before - self._free() - pool_bytes())
 
     def _look(self) -> None:
-        reserved = torch.cuda.memory_reserved(self._device)
-        self._workspace_bytes = max(0, self._workspace_bytes + reserved - self._reserved)
-        self._reserved = reserved
+        gained = torch.cuda.memory_reserved(self._device) - self._reserved_at_start
+        self._workspace_bytes = max(0, self._workspace_at_start + gained)
 
     def _free(self) -> int:
         return torch.cuda.mem_get_info(self._device)[0] if self._is_cuda else 0

@@ -85,6 +85,8 @@ def test_what_torch_takes_later_is_workspace(card: Card, started: Footprint) -> 
     assert outside(started) == (500, 30, 50)
     card.torch_takes(-100)
     assert outside(started)[2] == 0, "never negative"
+    card.torch_takes(107)
+    assert outside(started) == (500, 30, 57), "and nothing is forgotten over that"
 
 
 def test_what_the_pool_or_another_process_takes_later_is_not_ours(card: Card, started: Footprint) -> None:
