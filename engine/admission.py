@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from engine.draft import Draft
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
 from engine.sequence import Sequence, State
 
 _LOOK_AHEAD = 64  # waiting requests that may overtake the first
-_MOST = 0.75  # of a prompt, that must be there for it
+_LITTLE = 0.25  # of a prompt: whoever has no more to compute displaces nobody
 
 
 class Admission:
@@ -27,7 +29,7 @@ class Admission:
 
     def next(self, waiting: list[Sequence], active: list[Sequence], draft: Draft) -> Sequence | None:
         """The request that came first; or, if it could only start at the cost of KV that others wait for,
-        one of those.
+        the one of those that has the least to compute, half as much as the first at most.
 
         With more conversations than memory holds, first come first served would give up each one's KV
         just before its next turn, and compute everything again.
@@ -36,9 +38,10 @@ class Admission:
         if head.num_in_flight:  # preempted a moment ago, and what to compute again is not known yet
             return None
         if head.num_overtaken < self._max_overtaken and self._displaces(head, active, draft):
-            for seq in waiting[1:_LOOK_AHEAD]:
-                if not seq.num_in_flight and self._was_there(seq) and _is_most(seq, self.match(seq, draft)):
-                    return seq
+            other = min(waiting[1:_LOOK_AHEAD], key=self._least_to_compute, default=head)
+            most = _to_compute(head, self.match(head, draft)) // 2
+            if self._least_to_compute(other) <= most and _to_compute(other, self.match(other, draft)) <= most:
+                return other
         return head
 
     def match(self, seq: Sequence, draft: Draft) -> Match | None:
@@ -57,24 +60,28 @@ class Admission:
     def _displaces(self, seq: Sequence, active: list[Sequence], draft: Draft) -> bool:
         """Whether much of a request's KV would take the place of what other waiting requests will read."""
         pool, match = self._pool, self.match(seq, draft)
-        if not active or _is_most(seq, match):
+        lacks = _to_compute(seq, match)
+        if not active or lacks <= seq.num_tokens * _LITTLE:
             return False
         # The arena's idle tail is room, but not for the piece that computes there.
-        piece = min(seq.num_tokens - (match.num_tokens if match else 0), draft.tokens_left)
+        piece = min(lacks, draft.tokens_left)
         left = draft.room(piece) - self._promised(active, draft)
         left -= pool.chunks_to_open(match, seq.num_tokens + 1)
         # What others want is part of what can be evicted, and takes a look at every slot.
         return left < pool.num_evictable and left < pool.chunks_wanted(but_by=seq.request_id)
 
-    def _was_there(self, seq: Sequence) -> bool:
-        """A quick look, since a step may ask it of every waiting request: whether the slot that held its
-        beginning when it came still holds as much.
+    def _least_to_compute(self, seq: Sequence) -> float:
+        """Tokens that the slot does not hold which held a request's beginning when it came; infinity if that
+        slot is in use. A quick look, since a step may ask it of every waiting request.
         """
         prefixes = self._pool.prefixes
-        if seq.wants is None or seq.wants not in prefixes:
-            return False
-        tokens = prefixes[seq.wants].tokens
-        return tokens is not None and len(tokens) >= seq.num_tokens * _MOST
+        if seq.num_in_flight or seq.wants is None or seq.wants not in prefixes:
+            return math.inf
+        slot = prefixes[seq.wants]
+        want = slot.wanted.get(seq.request_id)
+        if slot.tokens is None or want is None:
+            return math.inf
+        return seq.num_tokens - min(len(slot.tokens), want.num_tokens)
 
     def _watermark(self, seq: Sequence, active: list[Sequence]) -> int:
         """Chunks to leave for sequences to grow into, so that starting one more does not preempt one soon:
@@ -102,5 +109,5 @@ class Admission:
         return total
 
 
-def _is_most(seq: Sequence, match: Match | None) -> bool:
-    return match is not None and match.num_tokens >= seq.num_tokens * _MOST
+def _to_compute(seq: Sequence, match: Match | None) -> int:
+    return seq.num_tokens - (match.num_tokens if match else 0)

@@ -95,8 +95,8 @@ class SchedulerConfig:
         prefill_piece_tokens: tokens of one prompt in one step; None is limited by the step alone.
         max_prefill_tokens: tokens of a step that no decode waits for, if memory allows: a prompt may
             then be computed in pieces up to this size. None is `max_num_batched_tokens`.
-        max_overtaken: requests whose prompts are mostly there that may start before one that came first,
-            while that one could only start at the cost of KV that waiting requests will read. 0 is
+        max_overtaken: requests with at most half as much to compute that may start before one that came
+            first, while that one could only start at the cost of KV that waiting requests will read. 0 is
             strictly first come, first served.
         max_num_queued_reqs: requests that may wait beside those that run; one more is refused as
             overload.

@@ -277,7 +277,7 @@ class Scheduler:
         match = self._pool.match(seq.chain, seq.tokens, seq.num_known, _NO_DRAFT)
         if match is not None:
             seq.wants = match.slot
-            self._pool.prefixes.want(match.slot, seq.request_id, _age(seq))
+            self._pool.prefixes.want(match, seq.request_id, _age(seq))
 
     def _unwait(self, seq: Sequence) -> None:
         self._waiting.remove(seq)

@@ -97,7 +97,7 @@ _NAMED: Mapping[str, _Plan] = {
     "warm-up-32x512+16": RandomPlan(32, 512, 16, seed=5, vocab_size=_LLAMA_VOCAB),
     # Prompt and answer make 131,328 tokens: the model must take more than 128k.
     "long-4x131072+256": RandomPlan(4, 131_072, 256, seed=9, vocab_size=_LLAMA_VOCAB),
-    "long-4x126000+256": RandomPlan(4, 126_000, 256, seed=16, vocab_size=_LLAMA_VOCAB),
+    "long-4x124000+256": RandomPlan(4, 124_000, 256, seed=16, vocab_size=_LLAMA_VOCAB),
     "growth-256x100+500": RandomPlan(256, 100, 500, seed=10, vocab_size=_LLAMA_VOCAB),
     "shared-256x4096+128+64": RandomPlan(256, 128, 64, prefix_len=4096, seed=11, vocab_size=_LLAMA_VOCAB),
     "chats-64x10x1024": ChatPlan(64, 10, 1024, seed=12, vocab_size=_LLAMA_VOCAB),

@@ -12,7 +12,7 @@ happen to a prompt whose beginning is there:
 
 Blocks that are full never change. A slot is live while a sequence writes to it, and closed afterwards:
 its blocks are kept until memory is short, and given up from the end, the slot used least recently
-first; what a waiting request will read goes last.
+first; what a waiting request will read goes last (`Slot.worth`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from engine.errors import ConservationError
-from engine.memory.blocks import Block, Match, Slot, TokenChain, Tokens
+from engine.memory.blocks import Block, Match, Slot, TokenChain, Tokens, Want
 
 _MAX_CANDIDATES = 64  # slots that end alike and are compared token by token, some 6 us each
 
@@ -59,7 +59,8 @@ class PrefixCache:
     def closed(self) -> list[int]:
         """Slots without a sequence, in the order in which they are given up."""
         slots = self._slots
-        return sorted((number for number, slot in slots.items() if slot.is_closed), key=self._worth)
+        closed = [number for number, slot in slots.items() if slot.is_closed]
+        return sorted(closed, key=lambda number: slots[number].worth)
 
     def must_wait(self, chain: TokenChain, match: Match | None, num_tokens: int, draft: int) -> bool:
         """Whether a live sequence is going to compute more of what a prompt needs, after `draft`."""
@@ -91,9 +92,9 @@ class PrefixCache:
                 best = match
         return best
 
-    def want(self, slot: int, request_id: str, urgency: tuple[float, str]) -> None:
-        """A waiting request will read the slot."""
-        self._slots[slot].wanted[request_id] = urgency
+    def want(self, match: Match, request_id: str, urgency: tuple[float, str]) -> None:
+        """A waiting request will read the slot of a match; the smaller its urgency, the sooner."""
+        self._slots[match.slot].wanted[request_id] = Want(urgency, match.num_tokens)
 
     def unwant(self, slot: int, request_id: str) -> None:
         """It will not any more."""
@@ -361,12 +362,6 @@ class PrefixCache:
     def _touch(self, number: int) -> None:
         self._clock += 1
         self._slots[number].last_used = self._clock
-
-    def _worth(self, number: int) -> tuple[bool, float, int]:
-        slot = self._slots[number]
-        if not slot.wanted:
-            return False, 0.0, slot.last_used
-        return True, -min(slot.wanted.values())[0], -slot.last_used
 
 
 def _preference(match: Match) -> tuple[int, bool]:
