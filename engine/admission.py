@@ -27,8 +27,12 @@ class Admission:
         self._pool = pool
         self._max_model_len = max_model_len
 
-    def next(self, waiting: list[Sequence], active: list[Sequence], draft: Draft) -> Sequence | None:
-        """The request that came first; or, if it could only start at the cost of KV that others wait for,
+    def next(
+        self, waiting: list[Sequence], active: list[Sequence], draft: Draft
+    ) -> tuple[Sequence, Match | None] | None:
+        """Who is next, and what of its tokens is there, or will be when the draft has run; None for nobody.
+
+        The request that came first; or, if it could only start at the cost of KV that others wait for,
         the one of those that has the least to compute, half as much as the first at most.
 
         With more conversations than memory holds, first come first served would give up each one's KV
@@ -37,16 +41,15 @@ class Admission:
         head = waiting[0]
         if head.num_in_flight:  # preempted a moment ago, and what to compute again is not known yet
             return None
-        if head.num_overtaken < self._max_overtaken and self._displaces(head, active, draft):
+        match = self._match(head, draft)
+        if head.num_overtaken < self._max_overtaken and self._displaces(head, match, active, draft):
+            most = _to_compute(head, match) // 2
             other = min(waiting[1:_LOOK_AHEAD], key=self._least_to_compute, default=head)
-            most = _to_compute(head, self.match(head, draft)) // 2
-            if self._least_to_compute(other) <= most and _to_compute(other, self.match(other, draft)) <= most:
-                return other
-        return head
-
-    def match(self, seq: Sequence, draft: Draft) -> Match | None:
-        """What of a waiting sequence is there, or will be when the draft has run."""
-        return self._pool.match(seq.chain, seq.tokens, seq.num_tokens, draft.number)
+            if self._least_to_compute(other) <= most:
+                others_match = self._match(other, draft)
+                if _to_compute(other, others_match) <= most:
+                    return other, others_match
+        return head, match
 
     def may_start(self, seq: Sequence, match: Match | None, active: list[Sequence], draft: Draft) -> bool:
         """Whether memory allows a waiting sequence to start now, and nothing better is coming for it."""
@@ -57,10 +60,12 @@ class Admission:
         room = draft.room(1) - self._promised(active, draft)
         return not need or need + self._watermark(seq, active) <= room
 
-    def _displaces(self, seq: Sequence, active: list[Sequence], draft: Draft) -> bool:
+    def _match(self, seq: Sequence, draft: Draft) -> Match | None:
+        return self._pool.match(seq.chain, seq.tokens, seq.num_tokens, draft.number)
+
+    def _displaces(self, seq: Sequence, match: Match | None, active: list[Sequence], draft: Draft) -> bool:
         """Whether much of a request's KV would take the place of what other waiting requests will read."""
-        pool, match = self._pool, self.match(seq, draft)
-        lacks = _to_compute(seq, match)
+        pool, lacks = self._pool, _to_compute(seq, match)
         if not active or lacks <= seq.num_tokens * _LITTLE:
             return False
         # The arena's idle tail is room, but not for the piece that computes there.

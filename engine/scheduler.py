@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 from engine.admission import Admission
 from engine.config import SchedulerConfig
 from engine.draft import Draft
+from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
 from engine.messages import FinishReason, Piece, StepPlan, TokenDelta, TokenLogprobs
 from engine.sequence import Sequence, State
@@ -198,13 +199,15 @@ class Scheduler:
     def _admit(self, draft: Draft) -> None:
         """Start waiting requests while the whole of what they know fits beside the draft."""
         while self._waiting and self._free_seats and self._pool.num_free_slots and draft.tokens_left > 0:
-            seq = self._admission.next(self._waiting, self._active, draft)
-            if seq is None or not self._try_open(seq, draft) or not self._add_piece(draft, seq):
+            candidate = self._admission.next(self._waiting, self._active, draft)
+            if candidate is None:
+                return
+            seq, match = candidate
+            if not self._try_open(seq, match, draft) or not self._add_piece(draft, seq):
                 return
 
-    def _try_open(self, seq: Sequence, draft: Draft) -> bool:
+    def _try_open(self, seq: Sequence, match: Match | None, draft: Draft) -> bool:
         """Give a waiting sequence a slot, if memory allows and nothing better is coming."""
-        match = self._admission.match(seq, draft)
         if not self._admission.may_start(seq, match, self._active, draft):
             return False
         opened = self._pool.open_slot(match, seq.chain, seq.num_tokens)
