@@ -53,6 +53,7 @@ class EngineKwargs(Section):
     max_num_seqs: PositiveInt = _SCHEDULER.max_num_seqs
     max_num_batched_tokens: PositiveInt = _SCHEDULER.max_num_batched_tokens
     prefill_piece_tokens: PositiveInt | None = None
+    prefill_spread_steps: PositiveInt = _SCHEDULER.prefill_spread_steps
     max_prefill_tokens: PositiveInt | None = None
     max_overtaken: NonNegativeInt = _SCHEDULER.max_overtaken
     max_num_queued_reqs: PositiveInt = _SCHEDULER.max_num_queued_reqs
@@ -264,6 +265,7 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
             max_num_seqs=kwargs.max_num_seqs,
             max_num_batched_tokens=kwargs.max_num_batched_tokens,
             prefill_piece_tokens=kwargs.prefill_piece_tokens,
+            prefill_spread_steps=kwargs.prefill_spread_steps,
             max_prefill_tokens=kwargs.max_prefill_tokens,
             max_overtaken=kwargs.max_overtaken,
             max_num_queued_reqs=kwargs.max_num_queued_reqs,

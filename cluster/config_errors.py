@@ -37,6 +37,7 @@ UNSUPPORTED = {
     "enable_prefix_caching": "belongs into engine_kwargs",
     "max_prefill_tokens": "belongs into engine_kwargs",
     "max_overtaken": "belongs into engine_kwargs",
+    "prefill_spread_steps": "belongs into engine_kwargs",
     "disable_radix_cache": "is not supported; use engine_kwargs.enable_prefix_caching: false",
     "enable_prompt_tokens_details": _ALWAYS_ON,
     "enable_cache_report": _ALWAYS_ON,

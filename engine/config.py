@@ -93,6 +93,9 @@ class SchedulerConfig:
         max_num_seqs: sequences that may hold KV at once; also the number of slots.
         max_num_batched_tokens: tokens of one step, decodes and prefill pieces together.
         prefill_piece_tokens: tokens of one prompt in one step; None is limited by the step alone.
+        prefill_spread_steps: about so many steps, beside decodes, are taken to compute the prompts that
+            wait, a quarter of that for one prompt by itself; fewer the more sequences decode. 1 fills every
+            step.
         max_prefill_tokens: tokens of a step that no decode waits for, if memory allows: a prompt may
             then be computed in pieces up to this size. None is `max_num_batched_tokens`.
         max_overtaken: requests with at most half as much to compute that may start before one that came
@@ -105,6 +108,7 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     prefill_piece_tokens: int | None = None
+    prefill_spread_steps: int = 16
     max_prefill_tokens: int | None = None
     max_overtaken: int = 64
     max_num_queued_reqs: int = 1024
@@ -119,6 +123,8 @@ class SchedulerConfig:
             )
         if self.prefill_piece_tokens is not None and self.prefill_piece_tokens < 1:
             raise ConfigError(f"prefill_piece_tokens must be at least 1, not {self.prefill_piece_tokens}")
+        if self.prefill_spread_steps < 1:
+            raise ConfigError(f"prefill_spread_steps must be at least 1, not {self.prefill_spread_steps}")
         if self.max_overtaken < 0:
             raise ConfigError(f"max_overtaken must be at least 0, not {self.max_overtaken}")
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < self.max_num_batched_tokens:

@@ -20,6 +20,7 @@ from engine.draft import Draft
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
 from engine.messages import FinishReason, Piece, StepPlan, TokenDelta, TokenLogprobs
+from engine.pace import Pace
 from engine.sequence import Sequence, State
 
 _NO_DRAFT = -1
@@ -43,10 +44,13 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
         self._admission = Admission(config.max_overtaken, pool, max_model_len)
+        self._pace = Pace(config)
         self._waiting: list[Sequence] = []
         self._active: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._free_seats = list(range(config.max_num_seqs))[::-1]
+        self._waiting_lack = 0
+        self._is_held_up = False
         self._num_drafts = 0
         self._num_steps = 0
         self.num_preemptions = 0
@@ -86,13 +90,12 @@ class Scheduler:
         Side effects: preempts sequences, opens slots for admitted ones. Backs no memory.
         """
         self._num_drafts += 1
-        draft = Draft(
-            self._num_drafts, self._pool, self._config.max_num_batched_tokens, self._config.largest_step
-        )
+        draft = Draft(self._num_drafts, self._pool, self._step_tokens(), self._config.largest_step)
         is_short = self._add_running(draft)
         self._add_prefilling(draft)
         if not is_short:
             self._admit(draft)
+        self._is_held_up = bool(self._waiting) and (is_short or draft.tokens_left > 0)
         while not draft.pieces and len(self._active) > 1 and not self._is_unsettled():
             self.preempt(self._active[-1])  # several half-prefilled prompts hold everything: one yields
             self._add_prefilling(draft)
@@ -166,6 +169,12 @@ class Scheduler:
                 end = min(seq.num_tokens, seq.num_computed + self._config.max_num_batched_tokens)
             if end > kv.end(seq.held_slot) * per_block:
                 yield seq.held_slot, end
+
+    def _step_tokens(self) -> int:
+        """Tokens of the next step while sequences decode. Who waits for memory or a seat hurries nobody."""
+        if not self._waiting or self._is_held_up:
+            return self._pace.step_tokens(self._active, 0, 0)
+        return self._pace.step_tokens(self._active, self._waiting[0].num_lacking, self._waiting_lack)
 
     def _add_running(self, draft: Draft) -> bool:
         """One token for every running sequence; whether memory was too short for all of them."""
@@ -281,9 +290,12 @@ class Scheduler:
         if match is not None:
             seq.wants = match.slot
             self._pool.prefixes.want(match, seq.request_id, _age(seq))
+        seq.num_lacking = seq.num_known - (match.num_tokens if match else 0)
+        self._waiting_lack += seq.num_lacking
 
     def _unwait(self, seq: Sequence) -> None:
         self._waiting.remove(seq)
+        self._waiting_lack -= seq.num_lacking
         if seq.wants is not None:
             self._pool.prefixes.unwant(seq.wants, seq.request_id)
             seq.wants = None

@@ -39,7 +39,9 @@ class Sequence:
         shared_slot, shared_tokens: its first `shared_tokens` tokens are read through that slot.
         copy: of a block that agrees in part, to be made with its first step.
         wants: while it waits, a slot that holds its beginning.
+        num_lacking: tokens that were not there when it began to wait.
         num_cached_tokens: tokens of the prompt that were there when it started.
+        num_found: tokens that were there when it got the slot it has.
         num_computed: tokens whose KV is there once every launched step has finished.
         num_in_flight: tokens that launched steps choose and the host has not read yet.
         is_new_to_slot: the slot holds nothing of this sequence for the sampler to go on from.
@@ -59,7 +61,9 @@ class Sequence:
     shared_tokens: int = 0
     copy: BlockCopy | None = None
     wants: int | None = None
+    num_lacking: int = 0
     num_cached_tokens: int = 0
+    num_found: int = 0
     num_computed: int = 0
     num_in_flight: int = 0
     is_new_to_slot: bool = True
@@ -119,7 +123,7 @@ class Sequence:
         self.slot, self.seat = opened.slot, seat
         self.shared_slot, self.shared_tokens = opened.shared_slot, opened.shared_tokens
         self.copy = opened.copy
-        self.num_computed = opened.num_tokens
+        self.num_computed = self.num_found = opened.num_tokens
         if not self.num_preemptions:
             self.num_cached_tokens = min(opened.num_tokens, len(self.request.prompt_token_ids))
 

@@ -63,6 +63,7 @@ class ChunkPool:
         self._next_id = 0
         self._num_uncreated = total
         self._num_refused = 0
+        self._least_told = total
         self._idle: list[int] = []
         self._warm: OrderedDict[int, Place] = OrderedDict()
         self._sent: deque[tuple[int, list[_Sent]]] = deque()
@@ -318,12 +319,10 @@ class ChunkPool:
 
     def _refused(self) -> None:
         """The device has no more memory: do with what there is, until `ask_again`."""
-        if self._num_uncreated:
-            logger.warning(
-                "the pool shrinks from %d to %d chunks: the device has no more memory",
-                self.total,
-                self.total - self._num_uncreated,
-            )
+        left = self.total - self._num_uncreated
+        if left < self._least_told:  # said once, however often it is asked for again
+            self._least_told = left
+            logger.warning("the pool shrinks from %d to %d chunks: the device has no more", self.total, left)
         self._num_refused += self._num_uncreated
         self.resize(0)
 

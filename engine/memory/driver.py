@@ -138,7 +138,9 @@ class ChunkDriver:
 
     def _log(self, failures: dict[int, Failure], what: str) -> None:
         for failure in list(failures.values())[:1]:
-            logger.warning("%d %s: %s", len(failures), what, self._explain(failure))
+            # That the margin is reached is no fault, and the pool tells of it.
+            level = logging.DEBUG if failure[0] is Call.MARGIN else logging.WARNING
+            logger.log(level, "%d %s: %s", len(failures), what, self._explain(failure))
 
     def _moved(self, handle: int, source: int, target: int, failure: Failure | None) -> Moved:
         """How one move ended; the books are brought up to date."""

@@ -23,6 +23,7 @@ class EngineOptions:
         mode: of our memory; vLLM has one.
         max_prefill_tokens: of a step that no decode waits for. For vLLM tokens of any step.
         kv_gib: memory of the KV cache; of ours, which has one pool, of KV and activations together.
+        prefill_spread_steps: ours alone.
     """
 
     mode: Mode | None = None
@@ -31,6 +32,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     kv_gib: float | None = None
+    prefill_spread_steps: int | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> EngineOptions:
@@ -42,6 +44,7 @@ class EngineOptions:
             args.max_model_len,
             args.max_num_seqs,
             args.kv_gib,
+            args.prefill_spread_steps,
         )
 
     def words(self) -> list[str]:
@@ -89,6 +92,7 @@ class EngineOptions:
             max_num_seqs=self.max_num_seqs or scheduler.max_num_seqs,
             max_num_batched_tokens=min(step, self.max_prefill_tokens or step),
             max_prefill_tokens=self.max_prefill_tokens,
+            prefill_spread_steps=self.prefill_spread_steps or scheduler.prefill_spread_steps,
         )
         max_model_len = self.max_model_len or config.max_model_len
         return replace(config, memory=memory, scheduler=scheduler, max_model_len=max_model_len)
@@ -102,12 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-prefill-tokens", type=int, help="of a step without decodes (vLLM: of any)")
     group.add_argument("--max-model-len", type=int)
     group.add_argument("--max-num-seqs", type=int)
+    group.add_argument("--prefill-spread-steps", type=int, help="ours alone; 1 fills every step")
     group.add_argument("--kv-gib", type=float, help="for KV; of ours for KV and activations")
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> EngineOptions:
     """The options as given; exit status 2 for a number that cannot be."""
-    for name in ("max_prefill_tokens", "max_model_len", "max_num_seqs", "kv_gib"):
+    for name in ("max_prefill_tokens", "max_model_len", "max_num_seqs", "kv_gib", "prefill_spread_steps"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, not {value}")

@@ -12,7 +12,7 @@ from tests.bench import engine_options
 from tests.bench.engine_options import EngineOptions
 from tests.bench.models import engine_config
 
-ALL = EngineOptions("virtual", False, 65_536, 131_072, 32, 20.5)
+ALL = EngineOptions("virtual", False, 65_536, 131_072, 32, 20.5, 4)
 
 
 def _parsed(words: list[str]) -> EngineOptions:
@@ -32,6 +32,7 @@ def test_our_engine_gets_them(tmp_path: Path) -> None:
     assert (memory.mode, memory.enable_prefix_caching, memory.pool_bytes) == ("virtual", False, 20_992 << 20)
     assert (scheduler.max_num_batched_tokens, scheduler.max_prefill_tokens) == (8192, 65_536)
     assert (scheduler.max_num_seqs, config.max_model_len) == (32, 131_072)
+    assert scheduler.prefill_spread_steps == 4
 
 
 def test_without_any_it_keeps_its_own(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_every_engine_field_arrives() -> None:
         "max_num_seqs": 3,
         "max_num_batched_tokens": 64,
         "prefill_piece_tokens": 32,
+        "prefill_spread_steps": 2,
         "max_prefill_tokens": 128,
         "max_overtaken": 0,
         "max_num_queued_reqs": 5,
@@ -91,6 +92,7 @@ def test_every_engine_field_arrives() -> None:
     scheduler = engine.scheduler
     assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (3, 64)
     assert (scheduler.prefill_piece_tokens, scheduler.max_num_queued_reqs) == (32, 5)
+    assert scheduler.prefill_spread_steps == 2
     assert (scheduler.max_prefill_tokens, scheduler.largest_step, scheduler.max_overtaken) == (128, 128, 0)
     assert (engine.memory.mode, engine.memory.pool_bytes, engine.memory.chunk_bytes) == (
         "virtual",

@@ -1,0 +1,119 @@
+"""Prompts are spread over steps while sequences decode, and no longer than that pays."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import MemoryConfig, SchedulerConfig
+from engine.errors import ConfigError
+from engine.memory.blocks import TokenChain
+from engine.messages import GenerateRequest, SamplingParams
+from engine.pace import Pace
+from engine.sequence import Sequence, State
+from tests.fakes import Bench
+from tests.unit.engine_cases import ask, expect
+
+STEP = 4096
+
+
+def _sequence(prompt: int, state: State, computed: int = 0, found: int = 0) -> Sequence:
+    request = GenerateRequest("r", (1,) * prompt, SamplingParams(max_tokens=8))
+    return Sequence(request, 0, 0.0, TokenChain("", 16), state, num_computed=computed, num_found=found)
+
+
+def _tokens(
+    decodes: int,
+    prompts: list[Sequence] | None = None,
+    next_lacks: int = 0,
+    waiting: int = 0,
+    steps: int = 16,
+) -> int:
+    limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=STEP, prefill_spread_steps=steps)
+    active = [_sequence(10, State.RUNNING) for _ in range(decodes)] + (prompts or [])
+    return Pace(limits).step_tokens(active, next_lacks, waiting)
+
+
+def test_a_short_prompt_comes_in_one_step() -> None:
+    assert _tokens(64, next_lacks=500, waiting=500) >= 64 + 500
+
+
+def test_one_long_prompt_takes_a_quarter_of_the_steps() -> None:
+    assert _tokens(1, next_lacks=8000, waiting=8000) == pytest.approx(8000 / 4, rel=0.01)
+
+
+def test_it_keeps_its_pace_until_it_is_computed() -> None:
+    at_first = _tokens(1, [_sequence(8000, State.PREFILLING)])
+    assert _tokens(1, [_sequence(8000, State.PREFILLING, computed=7000)]) == at_first
+
+
+def test_what_was_there_does_not_count() -> None:
+    assert _tokens(0, [_sequence(8000, State.PREFILLING, computed=6000, found=6000)]) == 512
+
+
+def test_many_prompts_are_spread_over_all_steps() -> None:
+    assert _tokens(1, next_lacks=100, waiting=32_000) == pytest.approx(32_000 / 16, rel=0.01)
+
+
+def test_with_more_decodes_fewer_steps_are_taken() -> None:
+    sizes = [_tokens(decodes, next_lacks=100, waiting=16_000) - decodes for decodes in (1, 64, 128, 200)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 1100 < 2000 <= sizes[2]
+    assert _tokens(256, next_lacks=100, waiting=16_000) == STEP
+
+
+def test_one_step_means_every_step_is_filled() -> None:
+    assert _tokens(8, next_lacks=100, waiting=100, steps=1) == STEP
+    with pytest.raises(ConfigError, match="prefill_spread_steps"):
+        SchedulerConfig(prefill_spread_steps=0)
+
+
+@given(st.integers(0, 256), st.integers(0, 100_000), st.integers(0, 10**6), st.integers(1, 64))
+def test_a_step_is_within_its_limits(decodes: int, first: int, others: int, steps: int) -> None:
+    size = _tokens(decodes, next_lacks=first, waiting=first + others, steps=steps)
+    assert decodes + 1 <= size <= STEP
+
+
+def _bench(total_chunks: int, steps: int = 16) -> Bench:
+    limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=2048, prefill_spread_steps=steps)
+    return Bench(total_chunks, MemoryConfig(enable_prefix_caching=False), limits, max_model_len=4200)
+
+
+@pytest.mark.parametrize("steps", [1, 16])
+def test_a_decode_goes_on_beside_a_long_prompt(steps: int) -> None:
+    bench = _bench(2000, steps)
+    requests = [ask("decode", 5, 30), ask("long", 4000, 3)]
+    bench.engine.submit(requests[0])
+    bench.engine.step()
+    bench.engine.submit(requests[1])
+    while "long" not in bench.deltas or not bench.deltas["long"].finish_reason:
+        bench.engine.step()
+    sizes = [len(p.token_ids) for plan in bench.runner.plans for p in plan.pieces if p.request_id == "long"]
+    prompt = [size for size in sizes if size > 1]
+    assert sum(prompt) == 4000
+    assert max(prompt) <= (2047 if steps == 1 else 1100)
+    assert len(prompt) == (2 if steps == 1 else 4)
+    bench.run()
+    for request in requests:
+        expect(bench, request)
+    bench.assert_idle()
+
+
+def test_a_prompt_that_waits_for_memory_does_not_hurry_the_others() -> None:
+    """It could not start however large the step is."""
+    bench = _bench(800)
+    requests = [ask("decode", 2500, 400), ask("waits", 4000, 1), ask("long", 4000, 1)]
+    bench.engine.submit(requests[0])
+    for _ in range(4):
+        bench.engine.step()
+    for request in requests[1:]:
+        bench.engine.submit(request)
+    for _ in range(20):
+        bench.engine.step()
+    assert bench.engine.snapshot.num_waiting == 2
+    assert bench.scheduler._step_tokens() <= 513
+    bench.run()
+    for request in requests:
+        expect(bench, request)
+    bench.assert_idle()
