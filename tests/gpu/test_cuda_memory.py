@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -167,6 +168,7 @@ def test_the_margin_is_left_to_others(make_vm: Make, caplog: pytest.LogCaptureFi
     """Somebody else takes memory after the driver was made: it stops where the margin begins."""
     torch.cuda.empty_cache()
     free = free_bytes()
+    caplog.set_level(logging.DEBUG)
     vm = make_vm(margin_bytes=free - 64 * CHUNK)
     beside = torch.empty(32 * CHUNK, dtype=torch.uint8, device=DEVICE)
     made = vm.create(100)

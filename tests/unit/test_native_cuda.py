@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from typing import Any
 
 import pytest
@@ -106,6 +107,7 @@ def test_the_thread_has_the_context() -> None:
 
 @pytest.mark.parametrize(("free", "made"), [(3 * CHUNK, 3), (3 * CHUNK - 1, 2), (0, 0), (-MARGIN, 0)])
 def test_the_margin_is_left_alone(free: int, made: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
     cuda = WrittenDown()
     cuda.free_bytes = MARGIN + free
     vm = cuda.vm()
@@ -114,6 +116,7 @@ def test_the_margin_is_left_alone(free: int, made: int, caplog: pytest.LogCaptur
     assert [end.outcome for end in ends] == [Outcome.DONE] * made + [Outcome.NOT_MADE] * (4 - made)
     assert vm.num_calls + vm.num_calls_beside == 2 * made, "what is not asked of the driver is no call"
     assert repr(Call.MARGIN) in caplog.text
+    assert all(record.levelno == logging.DEBUG for record in caplog.records), "the pool warns, not the driver"
 
 
 def test_a_driver_that_hides_what_is_free_refuses_by_itself() -> None:
