@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from engine.config import SchedulerConfig
-from engine.sequence import Sequence, State
+from engine.sequence import Sequence
 
 # A step that reads the weights anyway has time to compute so many tokens: 266 in bf16 on an H100 (798 TFLOP/s
 # over 3.0 TB/s), 160 to 320 on other GPUs. Decodes need some of it, prompts may have the rest.
@@ -32,23 +32,23 @@ class Pace:
         self._most = config.max_num_batched_tokens
         self._spread_steps = config.prefill_spread_steps
 
-    def step_tokens(self, active: Iterable[Sequence], next_lacks: int, waiting_lack: int) -> int:
-        """Tokens of the next step, if one of the active sequences decodes in it.
+    def prompt_tokens(
+        self, num_decodes: int, prompts: Iterable[Sequence], next_lacks: int, waiting_lack: int
+    ) -> int:
+        """Tokens that the next step may compute of prompts, beside so many decodes.
 
         Args:
-            active: sequences that hold KV, in order of arrival.
+            prompts: that have begun, in order of arrival.
             next_lacks, waiting_lack: tokens to compute of the first request that waits for a place in a step,
                 and of all of them; 0 if none does.
         """
-        decodes, first, backlog = 0, 0, waiting_lack
-        for seq in active:
-            if seq.state is State.RUNNING:
-                decodes += 1
-            else:
-                first = first or seq.num_tokens - seq.num_found
-                backlog += seq.num_tokens - seq.num_computed
-        steps = self._spread_steps * (1 - decodes / _TOKENS_OF_A_READ)
+        most = self._most - num_decodes
+        steps = self._spread_steps * (1 - num_decodes / _TOKENS_OF_A_READ)
         if steps <= 1:
-            return self._most
+            return most
+        first, backlog = 0, waiting_lack
+        for seq in prompts:
+            first = first or seq.num_tokens - seq.num_found
+            backlog += seq.num_tokens - seq.num_computed
         tokens = max(_LEAST, backlog / steps, (first or next_lacks) * _SHARE_OF_FIRST / steps)
-        return min(self._most, decodes + math.ceil(tokens))
+        return min(most, math.ceil(tokens))

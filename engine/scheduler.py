@@ -90,8 +90,11 @@ class Scheduler:
         Side effects: preempts sequences, opens slots for admitted ones. Backs no memory.
         """
         self._num_drafts += 1
-        draft = Draft(self._num_drafts, self._pool, self._step_tokens(), self._config.largest_step)
-        is_short = self._add_running(draft)
+        running = [seq for seq in self._active if seq.state is State.RUNNING and not self._is_complete(seq)]
+        draft = Draft(
+            self._num_drafts, self._pool, self._step_tokens(len(running)), self._config.largest_step
+        )
+        is_short = self._add_running(draft, running)
         self._add_prefilling(draft)
         if not is_short:
             self._admit(draft)
@@ -170,15 +173,16 @@ class Scheduler:
             if end > kv.end(seq.held_slot) * per_block:
                 yield seq.held_slot, end
 
-    def _step_tokens(self) -> int:
-        """Tokens of the next step while sequences decode. Who waits for memory or a seat hurries nobody."""
+    def _step_tokens(self, num_decodes: int) -> int:
+        """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
+        prompts = [seq for seq in self._active if seq.state is State.PREFILLING]
         if not self._waiting or self._is_held_up:
-            return self._pace.step_tokens(self._active, 0, 0)
-        return self._pace.step_tokens(self._active, self._waiting[0].num_lacking, self._waiting_lack)
+            return num_decodes + self._pace.prompt_tokens(num_decodes, prompts, 0, 0)
+        next_lacks = self._waiting[0].num_lacking
+        return num_decodes + self._pace.prompt_tokens(num_decodes, prompts, next_lacks, self._waiting_lack)
 
-    def _add_running(self, draft: Draft) -> bool:
+    def _add_running(self, draft: Draft, running: list[Sequence]) -> bool:
         """One token for every running sequence; whether memory was too short for all of them."""
-        running = [seq for seq in self._active if seq.state is State.RUNNING and not self._is_complete(seq)]
         if draft.try_add_decodes(running):
             return False
         is_short = False

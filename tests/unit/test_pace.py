@@ -11,16 +11,16 @@ from engine.errors import ConfigError
 from engine.memory.blocks import TokenChain
 from engine.messages import GenerateRequest, SamplingParams
 from engine.pace import Pace
-from engine.sequence import Sequence, State
+from engine.sequence import Sequence
 from tests.fakes import Bench
 from tests.unit.engine_cases import ask, expect
 
 STEP = 4096
 
 
-def _sequence(prompt: int, state: State, computed: int = 0, found: int = 0) -> Sequence:
-    request = GenerateRequest("r", (1,) * prompt, SamplingParams(max_tokens=8))
-    return Sequence(request, 0, 0.0, TokenChain("", 16), state, num_computed=computed, num_found=found)
+def _prompt(length: int, computed: int = 0, found: int = 0) -> Sequence:
+    request = GenerateRequest("r", (1,) * length, SamplingParams(max_tokens=8))
+    return Sequence(request, 0, 0.0, TokenChain("", 16), num_computed=computed, num_found=found)
 
 
 def _tokens(
@@ -31,8 +31,7 @@ def _tokens(
     steps: int = 16,
 ) -> int:
     limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=STEP, prefill_spread_steps=steps)
-    active = [_sequence(10, State.RUNNING) for _ in range(decodes)] + (prompts or [])
-    return Pace(limits).step_tokens(active, next_lacks, waiting)
+    return decodes + Pace(limits).prompt_tokens(decodes, prompts or [], next_lacks, waiting)
 
 
 def test_a_short_prompt_comes_in_one_step() -> None:
@@ -44,12 +43,11 @@ def test_one_long_prompt_takes_a_quarter_of_the_steps() -> None:
 
 
 def test_it_keeps_its_pace_until_it_is_computed() -> None:
-    at_first = _tokens(1, [_sequence(8000, State.PREFILLING)])
-    assert _tokens(1, [_sequence(8000, State.PREFILLING, computed=7000)]) == at_first
+    assert _tokens(1, [_prompt(8000, computed=7000)]) == _tokens(1, [_prompt(8000)])
 
 
 def test_what_was_there_does_not_count() -> None:
-    assert _tokens(0, [_sequence(8000, State.PREFILLING, computed=6000, found=6000)]) == 512
+    assert _tokens(0, [_prompt(8000, computed=6000, found=6000)]) == 512
 
 
 def test_many_prompts_are_spread_over_all_steps() -> None:
@@ -112,7 +110,7 @@ def test_a_prompt_that_waits_for_memory_does_not_hurry_the_others() -> None:
     for _ in range(20):
         bench.engine.step()
     assert bench.engine.snapshot.num_waiting == 2
-    assert bench.scheduler._step_tokens() <= 513
+    assert bench.scheduler._step_tokens(1) <= 513
     bench.run()
     for request in requests:
         expect(bench, request)
