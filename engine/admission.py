@@ -83,10 +83,9 @@ class Admission:
         if seq.num_in_flight or seq.wants is None or seq.wants not in prefixes:
             return math.inf
         slot = prefixes[seq.wants]
-        want = slot.wanted.get(seq.request_id)
-        if slot.tokens is None or want is None:
+        if slot.tokens is None or seq.request_id not in slot.wanted:
             return math.inf
-        return seq.num_tokens - min(len(slot.tokens), want.num_tokens)
+        return max(seq.num_lacking, seq.num_tokens - len(slot.tokens))
 
     def _watermark(self, seq: Sequence, active: list[Sequence]) -> int:
         """Chunks to leave for sequences to grow into, so that starting one more does not preempt one soon:

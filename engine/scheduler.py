@@ -175,11 +175,11 @@ class Scheduler:
 
     def _step_tokens(self, num_decodes: int) -> int:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
-        prompts = [seq for seq in self._active if seq.state is State.PREFILLING]
-        if not self._waiting or self._is_held_up:
-            return num_decodes + self._pace.prompt_tokens(num_decodes, prompts, 0, 0)
-        next_lacks = self._waiting[0].num_lacking
-        return num_decodes + self._pace.prompt_tokens(num_decodes, prompts, next_lacks, self._waiting_lack)
+        prompts = (seq for seq in self._active if seq.state is State.PREFILLING)
+        next_lacks, all_lack = 0, 0
+        if self._waiting and not self._is_held_up:
+            next_lacks, all_lack = self._waiting[0].num_lacking, self._waiting_lack
+        return num_decodes + self._pace.prompt_tokens(num_decodes, prompts, next_lacks, all_lack)
 
     def _add_running(self, draft: Draft, running: list[Sequence]) -> bool:
         """One token for every running sequence; whether memory was too short for all of them."""
@@ -291,10 +291,11 @@ class Scheduler:
     def _wait(self, seq: Sequence) -> None:
         insort(self._waiting, seq, key=_age)
         match = self._pool.match(seq.chain, seq.tokens, seq.num_known, _NO_DRAFT)
+        seq.num_lacking = seq.num_tokens
         if match is not None:
             seq.wants = match.slot
-            self._pool.prefixes.want(match, seq.request_id, _age(seq))
-        seq.num_lacking = seq.num_known - (match.num_tokens if match else 0)
+            seq.num_lacking -= match.num_tokens
+            self._pool.prefixes.want(match.slot, seq.request_id, _age(seq))
         self._waiting_lack += seq.num_lacking
 
     def _unwait(self, seq: Sequence) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import takewhile
-from typing import NamedTuple
 
 from engine.messages import BlockCopy
 
@@ -86,18 +85,6 @@ class Match:
     num_revived: int
 
 
-class Want(NamedTuple):
-    """A waiting request that will read a slot.
-
-    Attributes:
-        urgency: smaller first.
-        num_tokens: of the slot that it could use when it came.
-    """
-
-    urgency: tuple[float, str]
-    num_tokens: int
-
-
 @dataclass(slots=True)
 class Slot:
     """The books of a slot that is live or closed.
@@ -113,7 +100,7 @@ class Slot:
         pending: blocks of others that are not computed yet.
         copies_from: the slot that a block's beginning is to be copied from.
         last_used: counts up.
-        wanted: by the waiting requests that will read it.
+        wanted: waiting requests that will read it, and how urgent they are (smaller first).
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -128,7 +115,7 @@ class Slot:
     pending: list[Block] = field(default_factory=list)
     copies_from: int | None = None
     last_used: int = 0
-    wanted: dict[str, Want] = field(default_factory=dict)
+    wanted: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     @property
     def is_closed(self) -> bool:
@@ -139,7 +126,7 @@ class Slot:
         """What would be lost with a closed slot, the least first: what nobody waits for, then by urgency."""
         if not self.wanted:
             return False, 0.0, self.last_used
-        return True, -min(self.wanted.values()).urgency[0], -self.last_used
+        return True, -min(self.wanted.values())[0], -self.last_used
 
     def num_read(self, tokens_per_block: int) -> int:
         """Leading blocks that other slots read through this one, or will copy from."""

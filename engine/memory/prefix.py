@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from engine.errors import ConservationError
-from engine.memory.blocks import Block, Match, Slot, TokenChain, Tokens, Want
+from engine.memory.blocks import Block, Match, Slot, TokenChain, Tokens
 
 _MAX_CANDIDATES = 64  # slots that end alike and are compared token by token, some 6 us each
 
@@ -92,9 +92,9 @@ class PrefixCache:
                 best = match
         return best
 
-    def want(self, match: Match, request_id: str, urgency: tuple[float, str]) -> None:
-        """A waiting request will read the slot of a match; the smaller its urgency, the sooner."""
-        self._slots[match.slot].wanted[request_id] = Want(urgency, match.num_tokens)
+    def want(self, slot: int, request_id: str, urgency: tuple[float, str]) -> None:
+        """A waiting request will read the slot."""
+        self._slots[slot].wanted[request_id] = urgency
 
     def unwant(self, slot: int, request_id: str) -> None:
         """It will not any more."""

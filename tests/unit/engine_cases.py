@@ -28,6 +28,11 @@ def serve(bench: Bench, requests: Sequence[GenerateRequest]) -> None:
     """All at once, to the end: each has its own answer, and nothing is left."""
     for request in requests:
         bench.engine.submit(request)
+    finish(bench, requests)
+
+
+def finish(bench: Bench, requests: Sequence[GenerateRequest]) -> None:
+    """What was submitted runs to the end: each has its own answer, and nothing is left."""
     bench.run()
     for request in requests:
         expect(bench, request)

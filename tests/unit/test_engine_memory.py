@@ -7,7 +7,6 @@ import random
 import pytest
 
 from engine.config import MemoryConfig, SchedulerConfig
-from engine.memory.chunks import ChunkPool
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench
 from tests.unit.engine_cases import Talk, ask, expect, serve
@@ -27,22 +26,6 @@ def test_two_long_prompts_that_block_each_other_both_finish() -> None:
     """Each holds half of the pool while prefilling: without a victim neither could go on."""
     bench = Bench(40, scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16), max_model_len=256)
     serve(bench, [ask("a", 150, 60), ask("b", 150, 60)])
-
-
-def test_that_the_device_has_no_more_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    """It is asked for again all the time, since it may come back."""
-    vm = FailingVirtualMemory(CHUNK_BYTES, 8)
-    chunks = ChunkPool(vm, 8)
-    vm.refuse("create", after=6, times=None)
-    for _ in range(3):
-        chunks.create_all()
-        assert (chunks.total, chunks.num_refused) == (6, 2)
-        chunks.ask_again()
-    assert caplog.text.count("the pool shrinks") == 1
-    chunks.trim()
-    vm.refuse("create", after=5, times=None)
-    chunks.create_all()
-    assert caplog.text.count("the pool shrinks from 8 to 5 chunks") == 1
 
 
 def test_a_cancel_frees_memory_within_one_step() -> None:

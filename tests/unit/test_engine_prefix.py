@@ -10,7 +10,7 @@ import pytest
 from engine.config import MemoryConfig, Mode, SchedulerConfig
 from engine.messages import GenerateRequest, SamplingParams
 from tests.fakes import Bench
-from tests.unit.engine_cases import ask, converse, expect, tokens
+from tests.unit.engine_cases import ask, converse, expect, finish, tokens
 
 pytestmark = pytest.mark.usefixtures("steps_ahead")
 
@@ -164,10 +164,7 @@ def test_readers_of_a_prompt_that_is_never_finished_start_again() -> None:
     assert bench.scheduler.schedule() is not None  # drafted, and not launched: the driver might refuse
     assert bench.scheduler.num_running == 3
     bench.engine.cancel("source")
-    bench.run()
-    for one in readers:
-        expect(bench, one)
-    bench.assert_idle()
+    finish(bench, readers)
 
 
 def test_memory_goes_to_sequences_before_it_is_kept() -> None:

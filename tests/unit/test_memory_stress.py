@@ -238,3 +238,18 @@ def test_a_million_operations(caplog: pytest.LogCaptureFixture) -> None:
     stress.pool.check()
     assert (stress.pool.num_created, stress.pool.num_free) == (0, stress.pool.total)
     vm.close()
+
+
+def test_that_the_device_has_no_more_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """It is asked for again all the time, since it may come back."""
+    vm = HostVirtualMemory(CHUNK, 6)
+    pool = ChunkPool(vm, 8)
+    for _ in range(3):
+        pool.create_all()
+        assert (pool.total, pool.num_refused) == (6, 2)
+        pool.ask_again()
+    assert caplog.text.count("the pool shrinks from 8 to 6 chunks") == 1
+    pool.trim()
+    vm.create(1)  # somebody else's
+    pool.create_all()
+    assert caplog.text.count("the pool shrinks from 8 to 5 chunks") == 1

@@ -13,7 +13,7 @@ from engine.messages import GenerateRequest, SamplingParams
 from engine.pace import Pace
 from engine.sequence import Sequence
 from tests.fakes import Bench
-from tests.unit.engine_cases import ask, expect
+from tests.unit.engine_cases import ask, finish
 
 STEP = 4096
 
@@ -92,10 +92,7 @@ def test_a_decode_goes_on_beside_a_long_prompt(steps: int) -> None:
     assert sum(prompt) == 4000
     assert max(prompt) <= (2047 if steps == 1 else 1100)
     assert len(prompt) == (2 if steps == 1 else 4)
-    bench.run()
-    for request in requests:
-        expect(bench, request)
-    bench.assert_idle()
+    finish(bench, requests)
 
 
 def test_a_prompt_that_waits_for_memory_does_not_hurry_the_others() -> None:
@@ -111,7 +108,4 @@ def test_a_prompt_that_waits_for_memory_does_not_hurry_the_others() -> None:
         bench.engine.step()
     assert bench.engine.snapshot.num_waiting == 2
     assert bench.scheduler._step_tokens(1) <= 513
-    bench.run()
-    for request in requests:
-        expect(bench, request)
-    bench.assert_idle()
+    finish(bench, requests)

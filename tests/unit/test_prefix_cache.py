@@ -54,15 +54,6 @@ class Books(PrefixCache):
     def find(self, tokens: Sequence[int], salt: str = "", draft: int = NO_DRAFT) -> Match | None:
         return self.match(chain(tokens, salt, self._per_block), reader(tokens), len(tokens), draft)
 
-    def want_all(self, slot: int, name: str, since: float) -> None:
-        """A request that came at that time waits to go on from all that a closed slot holds."""
-        tokens = self[slot].tokens
-        assert tokens is not None
-        match = self.find((*tokens, -1))
-        assert match is not None
-        assert (match.slot, match.num_tokens) == (slot, len(tokens))
-        self.want(match, name, (since, name))
-
     def read(self, slot: int, tokens: Sequence[int], num_aliased: int = 0) -> Match:
         """A sequence that begins in an empty slot, on what is found."""
         match = self.find(tokens)
@@ -254,10 +245,10 @@ def test_what_is_given_up_first() -> None:
     books = Books()
     for slot in range(5):
         books.keep(slot, span(100 * slot, 9))
-    books.want_all(0, "early", 1.0)
-    books.want_all(3, "late", 9.0)
-    books.want_all(4, "late", 9.0)
-    books.want_all(4, "earlier", 5.0)
+    books.want(0, "early", (1.0, "early"))
+    books.want(3, "late", (9.0, "late"))
+    books.want(4, "late", (9.0, "late"))
+    books.want(4, "earlier", (5.0, "earlier"))
     assert books.closed() == [1, 2, 3, 4, 0]
     books.read(5, (*span(100, 8), 7))  # slot 1 is used once more
     assert books.closed() == [2, 1, 3, 4, 0]
