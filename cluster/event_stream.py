@@ -54,7 +54,11 @@ class EventStreamResponse(Response):
         except (ClientDisconnectedError, OSError):
             return  # OSError is how some servers tell that the client has left
         finally:
-            await self._events.aclose()
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the events: for an answer that nobody is going to send."""
+        await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -79,22 +83,37 @@ class EventStreamResponse(Response):
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled and has ended if the client leaves first.
 
-    The request's body must have been read: from then on `receive` has nothing but the disconnect.
+    A stream that `work` returns in the moment in which the caller is cancelled is closed. The request's
+    body must have been read: from then on `receive` has nothing but the disconnect.
 
     Raises:
         ClientDisconnectedError: the client left.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.create_task(_disconnect(receive))
+    is_delivered = False
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnectedError("the client left before its answer was ready")
+        try:
+            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+            is_ready = task.done()
+        finally:
+            task.cancel()
+            watch.cancel()
+            await asyncio.gather(task, watch, return_exceptions=True)
+        is_delivered = is_ready  # the last await is behind us
     finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
+        if not is_delivered:
+            await _close_result(task)
+    if not is_delivered:
+        raise ClientDisconnectedError("the client left before its answer was ready")
+    return task.result()
+
+
+async def _close_result(task: asyncio.Future[T]) -> None:
+    if task.done() and not task.cancelled() and task.exception() is None:
+        result = task.result()
+        if isinstance(result, EventStreamResponse):
+            await result.aclose()
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -12,6 +12,8 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from cluster.event_stream import EventStreamResponse, until_disconnect
+from cluster.http_errors import describe
 from cluster.ingress import IngressConfig, create_app
 from engine.messages import GenerateRequest, TokenDelta
 from tests.unit.ingress_fakes import FakeModel, Item, RecordingObserver, Script, text_script
@@ -143,6 +145,41 @@ def test_cancelling_the_handler_closes_the_engine_request(stream: bool) -> None:
         assert len(model.closed) == 2
 
     within_seconds(scenario)
+
+
+def test_a_stream_that_nobody_gets_is_closed() -> None:
+    """The handler is cancelled when its stream has just begun; at which turn of the loop does not matter."""
+
+    async def scenario(turns: int) -> bool:
+        closed: list[bool] = []
+
+        async def play() -> AsyncGenerator[bytes, None]:
+            try:
+                yield b"first"
+                yield b"second"
+            finally:
+                closed.append(True)
+
+        events = play()  # referred to until the end, so that no collector closes it
+
+        async def work() -> EventStreamResponse:
+            return EventStreamResponse(await anext(events), events, describe)
+
+        task = asyncio.create_task(until_disconnect(asyncio.Queue().get, work()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if task.done():
+            await task.result().aclose()
+            return True
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert closed == [True]
+        return False
+
+    delivered = [asyncio.run(scenario(turns)) for turns in range(2, 12)]
+    assert delivered[0] is False
+    assert delivered[-1] is True
 
 
 def test_a_send_that_fails_closes_the_engine_request() -> None:
