@@ -71,8 +71,8 @@ class ChunkPool:
         self._owner: dict[int, str] = {}
         self._live: Counter[int] = Counter()
         self._limbo: Counter[int] = Counter()
-        # Place -> (step, chunk), oldest first: a place holds at most one reference in limbo.
-        self._dropped: OrderedDict[Place, tuple[int, int]] = OrderedDict()
+        # The newest step that may read them -> place -> chunk: a place holds at most one reference in limbo.
+        self._dropped: dict[int, dict[Place, int]] = {}
         self._by_owner: Counter[str] = Counter()
         self._num_retiring = 0
         self._launched = 0
@@ -173,7 +173,8 @@ class ChunkPool:
         if chunk in self._warm:
             del self._warm[chunk]
         else:
-            del self._dropped[place]
+            for places in self._dropped.values():
+                places.pop(place, None)
             self._limbo[chunk] = 0
             self._num_retiring -= 1
         self._own(chunk, owner)
@@ -196,9 +197,7 @@ class ChunkPool:
             self._by_owner[self._owner[chunk]] -= 1
             self._num_retiring += 1
         step = self._launched if read_until is None else read_until
-        self._dropped[place] = (step, chunk)
-        if step <= self._completed:
-            self._dropped.move_to_end(place, last=False)  # behind those of newer steps it would wait for them
+        self._dropped.setdefault(step, {})[place] = chunk
 
     def launched(self, step: int) -> None:
         """A step that may read every chunk owned now is about to run."""
@@ -212,19 +211,17 @@ class ChunkPool:
     def settle(self) -> None:
         """Take every dropped reference out of limbo that no step in flight can read any more."""
         shared: list[tuple[Place, int]] = []
-        while self._dropped:
-            place, (step, chunk) = next(iter(self._dropped.items()))
-            if step > self._completed:
-                break
-            del self._dropped[place]
-            self._limbo[chunk] -= 1
-            if self._live[chunk] or self._limbo[chunk]:
-                shared.append((place, chunk))
-            else:
-                self._owner.pop(chunk, None)
-                del self._live[chunk], self._limbo[chunk]
-                self._num_retiring -= 1
-                self._warm[chunk] = place
+        for step in sorted(step for step in self._dropped if step <= self._completed):
+            # A slot's rows are dropped in rising order, and its first are worth most to who comes next.
+            for place, chunk in reversed(self._dropped.pop(step).items()):
+                self._limbo[chunk] -= 1
+                if self._live[chunk] or self._limbo[chunk]:
+                    shared.append((place, chunk))
+                else:
+                    self._owner.pop(chunk, None)
+                    del self._live[chunk], self._limbo[chunk]
+                    self._num_retiring -= 1
+                    self._warm[chunk] = place
         for place, chunk in shared[self._unmap([place for place, _ in shared]) :]:
             self._back_to_limbo(place, chunk)
 
@@ -236,8 +233,7 @@ class ChunkPool:
             self._num_retiring += 1
         for one in places:
             self._limbo[chunk] += 1
-            self._dropped[one] = (self._completed, chunk)
-            self._dropped.move_to_end(one, last=False)
+            self._dropped.setdefault(self._completed, {})[one] = chunk
 
     def send_ahead(self, targets: Sequence[Place]) -> None:
         """Let the mapping thread bring free chunks to empty places, as many as there are free ones.
