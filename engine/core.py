@@ -105,7 +105,7 @@ class Engine:
         self._sampler = sampler
         self._publish = publish
         self._clock = clock
-        self._steps_ahead = steps_ahead
+        self.steps_ahead = steps_ahead
         self._in_flight: deque[_Launched] = deque()
         self._outside = outside
         self._inbox: deque[GenerateRequest | str | _Trim] = deque()
@@ -212,7 +212,7 @@ class Engine:
         elif not self._in_flight:
             self.snapshot = self._take_snapshot()
             return busy
-        self._complete_all(but=self._steps_ahead if plan is not None else 0)
+        self._complete_all(but=self.steps_ahead if plan is not None else 0)
         self._last_busy_s = self._clock()
         self._last_step_s = self._last_busy_s - started
         self.snapshot = self._take_snapshot()

@@ -15,37 +15,15 @@ warm there once the mapping thread is done.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 from engine.errors import ConservationError
-from engine.memory.vmm import Move, Moved, Outcome, VirtualMemory
+from engine.memory.deliveries import Deliveries, Delivery
+from engine.memory.vmm import Moved, Outcome, VirtualMemory
+from engine.memory.warm_chunks import Place, WarmChunks
 
 logger = logging.getLogger(__name__)
-
-
-class Range(Protocol):
-    """What the pool needs of a virtual tensor: places where chunks are mapped, one a row."""
-
-    def address_of(self, row: int) -> int: ...
-
-    def mapped(self, row: int, chunk: int) -> None: ...
-
-    def unmapped(self, row: int) -> None: ...
-
-    def awaits(self, row: int) -> None: ...
-
-
-Place = tuple[Range, int]
-
-
-class _Sent(NamedTuple):
-    """A free chunk on its way; `chunk` is None while it has to be made."""
-
-    chunk: int | None
-    source: Place | None
-    target: Place
 
 
 class ChunkPool:
@@ -65,9 +43,8 @@ class ChunkPool:
         self._num_refused = 0
         self._least_told = total
         self._idle: list[int] = []
-        self._warm: OrderedDict[int, Place] = OrderedDict()
-        self._sent: deque[tuple[int, list[_Sent]]] = deque()
-        self._num_sent = 0
+        self._warm = WarmChunks()
+        self._sent = Deliveries(vm)
         self._owner: dict[int, str] = {}
         self._live: Counter[int] = Counter()
         self._limbo: Counter[int] = Counter()
@@ -81,7 +58,7 @@ class ChunkPool:
     @property
     def num_free(self) -> int:
         """Chunks that `take` could give out now."""
-        return self._num_uncreated + len(self._idle) + len(self._warm) + self._num_sent
+        return self._num_uncreated + len(self._idle) + len(self._warm) + len(self._sent)
 
     @property
     def num_warm(self) -> int:
@@ -96,7 +73,12 @@ class ChunkPool:
     @property
     def num_sent(self) -> int:
         """Free chunks on their way to where they will be needed."""
-        return self._num_sent
+        return len(self._sent)
+
+    @property
+    def num_spare(self) -> int:
+        """Free chunks that no sequence is about to need: neither held nor on their way to be."""
+        return self.num_free - self._warm.num_held - self._sent.num_held
 
     @property
     def num_retiring(self) -> int:
@@ -106,7 +88,7 @@ class ChunkPool:
     @property
     def num_created(self) -> int:
         """Chunks with physical memory behind them."""
-        return len(self._handles) + sum(one.chunk is None for _, sent in self._sent for one in sent)
+        return len(self._handles) + self._sent.num_made
 
     @property
     def num_refused(self) -> int:
@@ -124,7 +106,7 @@ class ChunkPool:
     def take(self, count: int, owner: str) -> list[int] | None:
         """`count` unmapped chunks for `owner`, or None if there are not enough.
 
-        Order: chunks that exist unmapped, new ones, warm ones (least recently used first), those sent
+        Order: chunks that exist unmapped, new ones, warm ones as `WarmChunks` orders them, those sent
         ahead. If the driver refuses to make a chunk, the budget shrinks to what exists until
         `ask_again`, and the shortage is reported like any other.
         """
@@ -171,7 +153,7 @@ class ChunkPool:
     def adopt(self, chunk: int, owner: str, place: Place) -> None:
         """Own a chunk again at the place where it is mapped; no driver call."""
         if chunk in self._warm:
-            del self._warm[chunk]
+            self._warm.pop(chunk)
         else:
             for places in self._dropped.values():
                 places.pop(place, None)
@@ -221,7 +203,7 @@ class ChunkPool:
                     self._owner.pop(chunk, None)
                     del self._live[chunk], self._limbo[chunk]
                     self._num_retiring -= 1
-                    self._warm[chunk] = place
+                    self._warm.add(chunk, place)
         for place, chunk in shared[self._unmap([place for place, _ in shared]) :]:
             self._back_to_limbo(place, chunk)
 
@@ -235,31 +217,31 @@ class ChunkPool:
             self._limbo[chunk] += 1
             self._dropped.setdefault(self._completed, {})[one] = chunk
 
-    def send_ahead(self, targets: Sequence[Place]) -> None:
-        """Let the mapping thread bring free chunks to empty places, as many as there are free ones.
+    def hold(self, chunks: Collection[int]) -> None:
+        """Take these last while they are free: they are mapped where a sequence is about to grow."""
+        self._warm.hold(chunks)
+
+    def send_ahead(self, targets: Sequence[Place], is_held: bool = False) -> None:
+        """Let the mapping thread bring free chunks to empty places, as many as there are spare ones.
 
         They stay free: whoever needs them more urgently takes them back.
+
+        Args:
+            is_held: as by `hold`, until that names others.
         """
         sent = []
         for target in targets:
-            one = self._next_to_send(target)
+            one = self._next_to_send(target, is_held)
             if one is None:
                 break
             sent.append(one)
-        if not sent:
-            return
-        for one in sent:
-            one.target[0].awaits(one.target[1])
-        self._num_sent += len(sent)
-        self._sent.append((self.vm.submit([self._move(one) for one in sent]), sent))
+        if sent:
+            self._sent.send(sent, self._handles)
 
     def receive(self, wait: bool = False) -> None:
         """Take in what the mapping thread has done; with `wait`, all that it was given."""
-        while self._sent and (wait or self.vm.is_done(self._sent[0][0])):
-            ticket, sent = self._sent.popleft()
-            self._num_sent -= len(sent)
-            for one, moved in zip(sent, self.vm.collect(ticket), strict=True):
-                self._arrived(one, moved)
+        for one, moved in self._sent.receive(wait):
+            self._arrived(one, moved)
 
     def ask_again(self) -> None:
         """Count chunks that the driver once refused as obtainable again: its memory may be back."""
@@ -291,8 +273,14 @@ class ChunkPool:
         """Raise ConservationError unless every chunk is in exactly one state."""
         owned = {chunk for chunk, count in self._live.items() if count > 0}
         retiring = {chunk for chunk, count in self._limbo.items() if count > 0} - owned
-        sent = [one.chunk for _, batch in self._sent for one in batch]
-        sets = [owned, retiring, set(self._idle), set(self._warm), {one for one in sent if one is not None}]
+        sent = [one.chunk for one in self._sent]
+        sets = [
+            owned,
+            retiring,
+            set(self._idle),
+            self._warm.chunks(),
+            {one for one in sent if one is not None},
+        ]
         seen = set().union(*sets)
         if sum(map(len, sets)) != len(seen) or seen != set(self._handles):
             raise ConservationError(
@@ -302,7 +290,7 @@ class ChunkPool:
             raise ConservationError(f"{len(seen)} chunks + {self._num_uncreated} not made != {self.total}")
         if len(retiring) != self._num_retiring or len(owned) != self._by_owner.total():
             raise ConservationError("the counts of owned or retiring chunks are off")
-        if len(sent) != self._num_sent:
+        if len(sent) != len(self._sent):
             raise ConservationError("the count of chunks sent ahead is off")
 
     def _create(self, count: int) -> None:
@@ -329,12 +317,12 @@ class ChunkPool:
         return chunk
 
     def _steal(self, count: int) -> None:
-        """Unmap warm chunks, the least recently used first."""
+        """Unmap warm chunks, in their order."""
         if count <= 0:
             return
-        stolen = [next_ for next_, _ in zip(list(self._warm), range(count), strict=False)]
-        for chunk in stolen[: self._unmap([self._warm[chunk] for chunk in stolen])]:
-            del self._warm[chunk]
+        stolen = self._warm.first(count)
+        for chunk, _ in stolen[: self._unmap([place for _, place in stolen])]:
+            self._warm.pop(chunk)
             self._idle.append(chunk)
 
     def _unmap(self, places: Sequence[Place]) -> int:
@@ -346,25 +334,21 @@ class ChunkPool:
             tensor.unmapped(row)
         return count
 
-    def _next_to_send(self, target: Place) -> _Sent | None:
+    def _next_to_send(self, target: Place, is_held: bool) -> Delivery | None:
         if self._idle:
-            return _Sent(self._idle.pop(), None, target)
+            return Delivery(self._idle.pop(), None, target, is_held)
         if self._num_uncreated:
             self._num_uncreated -= 1
-            return _Sent(None, None, target)
-        if not self._warm:
+            return Delivery(None, None, target, is_held)
+        stolen = self._warm.pop_spare()
+        if stolen is None:
             return None
-        chunk, source = self._warm.popitem(last=False)
+        chunk, source = stolen
         source[0].unmapped(source[1])
         source[0].awaits(source[1])
-        return _Sent(chunk, source, target)
+        return Delivery(chunk, source, target, is_held)
 
-    def _move(self, one: _Sent) -> Move:
-        handle = None if one.chunk is None else self._handles[one.chunk]
-        source = one.source and one.source[0].address_of(one.source[1])
-        return Move(handle, source, one.target[0].address_of(one.target[1]))
-
-    def _arrived(self, one: _Sent, moved: Moved) -> None:
+    def _arrived(self, one: Delivery, moved: Moved) -> None:
         source, (tensor, row) = one.source, one.target
         tensor.unmapped(row)
         if source is not None:
@@ -376,10 +360,10 @@ class ChunkPool:
         chunk = self._new(moved.handle) if one.chunk is None else one.chunk
         if moved.outcome is Outcome.DONE:
             tensor.mapped(row, chunk)
-            self._warm[chunk] = one.target
+            self._warm.add(chunk, one.target, one.is_held)
         elif moved.outcome is Outcome.STAYED and source is not None:
             source[0].mapped(source[1], chunk)
-            self._warm[chunk] = source
+            self._warm.add(chunk, source)
         else:
             self._idle.append(chunk)
 

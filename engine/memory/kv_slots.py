@@ -117,7 +117,7 @@ class KvSlots:
         they cost no driver call.
         """
         if not self._is_static:
-            self.evict((end - begin) * self._kv.geometry.num_groups - self._chunks.num_free)
+            self.evict((end - begin) * self._kv.geometry.num_groups - self._chunks.num_spare)
         for slot in self.prefixes.closed() if not self._free_slots else ():
             books = self.prefixes[slot]
             if books.num_pinned(self._per_block) <= books.shared:

@@ -17,16 +17,20 @@ from engine.config import Mode
 from engine.errors import ConfigError, ConservationError, DriverError
 from engine.memory.arena import ActivationArena, BufferSpec
 from engine.memory.blocks import Match, Opened, TokenChain, Tokens
-from engine.memory.chunks import ChunkPool, Place
+from engine.memory.chunks import ChunkPool
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.kv_slots import KvSlots
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
+from engine.memory.warm_chunks import Place
 from engine.messages import MemorySnapshot
 
 logger = logging.getLogger(__name__)
 
 _MAX_AHEAD = 256  # chunks on their way at once: what they cost to bring back bounds a wait to some 10 ms
+_MAX_HELD = (
+    1024  # chunks mapped ahead that are kept for it: 128 sequences of 8 layer groups, or two long prompts
+)
 
 
 class MemoryPool:
@@ -201,15 +205,22 @@ class MemoryPool:
         chunks.receive()
         room = _MAX_AHEAD - chunks.num_sent
         targets: list[Place] = []
+        held: set[int] = set()
         for slot, tokens in growth:
-            if len(targets) >= room:
+            if len(targets) >= room or len(held) >= _MAX_HELD:
                 break
-            targets += [
-                (tensor, row) for tensor, row in self.kv.missing(slot, tokens) if tensor.is_empty(row)
-            ]
+            for tensor, row in self.kv.missing(slot, tokens):
+                chunk = tensor.mapped_at(row)
+                if chunk is not None:
+                    held.add(chunk)
+                elif tensor.is_empty(row):
+                    targets.append((tensor, row))
+        chunks.hold(held)
         if targets:
-            self._slots.evict(len(targets) - chunks.num_free + chunks.num_sent)
-            chunks.send_ahead(targets[:room])
+            del targets[room:]
+            self._slots.evict(len(targets) - chunks.num_spare)
+            self._shrink_arena(len(targets) - chunks.num_spare - chunks.num_retiring, self._step_chunks)
+            chunks.send_ahead(targets, is_held=True)
         elif chunks.num_unmapped and not chunks.num_sent and self._mode != "static":
             chunks.send_ahead(self._slots.unprepared(prompt_tokens)[: min(room, chunks.num_unmapped)])
 
@@ -272,15 +283,17 @@ class MemoryPool:
 
     def _make_room(self, num_chunks: int, num_tokens: int, num_rows: int) -> None:
         """Let so many chunks become free, from the arena's idle tail first."""
-        short = num_chunks - self.chunks.num_free
-        if short > 0 and self._mode == "elastic":
-            least = max(self._floor, self.arena.chunks_for(num_tokens, num_rows))
-            if least < self.arena.num_backed:
-                self.arena.shrink(max(self.arena.num_backed - short, least))
-                self.chunks.settle()
-            short = num_chunks - self.chunks.num_free - self.chunks.num_retiring
+        self._shrink_arena(num_chunks - self.chunks.num_spare, self.arena.chunks_for(num_tokens, num_rows))
+        short = num_chunks - self.chunks.num_spare - self.chunks.num_retiring
         if short > 0:
             self._slots.evict(short)
+
+    def _shrink_arena(self, num_chunks: int, num_used: int) -> None:
+        """Take so many chunks, or what there is, from the arena's tail behind the `num_used` lowest."""
+        least = max(self._floor, num_used)
+        if num_chunks > 0 and self._mode == "elastic" and least < self.arena.num_backed:
+            self.arena.shrink(max(self.arena.num_backed - num_chunks, least))
+            self.chunks.settle()
 
     def _map(self, places: Sequence[tuple[VirtualTensor, int]]) -> bool:
         by_owner: dict[str, list[tuple[VirtualTensor, int]]] = {}

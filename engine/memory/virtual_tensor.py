@@ -56,6 +56,10 @@ class VirtualTensor:
         """Whether the row can be backed again by what is still mapped there."""
         return row not in self._backed and row in self._mapped and self._chunks.can_adopt(self._mapped[row])
 
+    def mapped_at(self, row: int) -> int | None:
+        """The chunk that is mapped at a row, backing it or left over."""
+        return self._mapped.get(row)
+
     def chunk_at(self, row: int) -> int:
         """The chunk that backs a row."""
         return self._backed[row]

@@ -48,6 +48,10 @@ class Stepper(Protocol):
     def snapshot(self) -> EngineSnapshot | None:
         """Of our engine; None of a rival."""
 
+    @property
+    def steps_ahead(self) -> int:
+        """Steps launched before one has been read; of our engine."""
+
 
 class BallonetStepper:
     """This repository's engine.
@@ -83,6 +87,10 @@ class BallonetStepper:
     @property
     def snapshot(self) -> EngineSnapshot:
         return self.engine.snapshot
+
+    @property
+    def steps_ahead(self) -> int:
+        return self.engine.steps_ahead
 
     def _publish(self, deltas: Sequence[TokenDelta]) -> None:
         now = self._clock()
@@ -157,6 +165,8 @@ class VllmStepper:
     def snapshot(self) -> None:
         return None
 
+    steps_ahead = 0
+
 
 @dataclass(frozen=True, slots=True)
 class Driven:
@@ -192,7 +202,7 @@ def drive(
     load = _Load(workload, submit_for_s)
     idle = 0
     origin = clock()
-    watch = StepWatch(origin, engine.snapshot)
+    watch = StepWatch(origin, engine.snapshot, engine.steps_ahead)
     while load.due or load.num_open:
         for name, prompt, output_tokens in load.take(clock() - origin):
             engine.submit(name, prompt, output_tokens)

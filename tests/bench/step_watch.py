@@ -2,11 +2,13 @@
 
 A step is counted as a decode if every running sequence gained a token in it, none of them its first, nor
 its first after a pause: then no prompt was computed beside. Its time is that between two steps' ends, as a
-client sees it.
+client sees it. The driver calls of a turn belong to the step it launched, which is read that many turns later
+as the engine launches ahead: a prompt's are not a decode's.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -47,14 +49,16 @@ class StepWatch:
     Args:
         now_s: when the run begins.
         snapshot: of our engine then; None for a rival's.
+        steps_ahead: steps that our engine launches, and maps memory for, before it has read one.
     """
 
-    def __init__(self, now_s: float, snapshot: EngineSnapshot | None) -> None:
+    def __init__(self, now_s: float, snapshot: EngineSnapshot | None, steps_ahead: int = 0) -> None:
         self._ended_s = now_s
         self._first = self._newest = snapshot
         self._gainers: set[str] = set()
         self._decodes: list[_Decode] = []
         self._decode_calls = 0
+        self._calls_ahead = deque([0] * steps_ahead)
         self._max_running = 0
         self._peaks = {"kv": 0, "cached": 0, "activation": 0}
 
@@ -95,8 +99,9 @@ class StepWatch:
         return {"steps": steps, "memory": self._memory(self._first, self._newest)}
 
     def _note_memory(self, snapshot: EngineSnapshot, is_decode: bool) -> None:
-        if is_decode and self._newest is not None:
-            self._decode_calls += snapshot.memory.driver_calls - self._newest.memory.driver_calls
+        if self._newest is not None:
+            self._calls_ahead.append(snapshot.memory.driver_calls - self._newest.memory.driver_calls)
+            self._decode_calls += self._calls_ahead.popleft() * is_decode
         for name, peak in self._peaks.items():
             self._peaks[name] = max(peak, getattr(snapshot.memory, name))
         self._newest = snapshot

@@ -38,6 +38,7 @@ class SteadyEngine:
     """
 
     snapshot = None
+    steps_ahead = 0
 
     def __init__(self, clock: Clock, fails: str | None = None, idle: bool = False) -> None:
         self.clock, self.fails, self.idle = clock, fails, idle

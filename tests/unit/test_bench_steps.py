@@ -109,5 +109,21 @@ def test_memory_is_told_as_peaks_and_differences() -> None:
     }
 
 
+def test_calls_for_a_step_launched_ahead_are_not_those_of_the_step_that_ends() -> None:
+    watch = StepWatch(0.0, SNAPSHOT, steps_ahead=1)
+    total = MEMORY.driver_calls
+    # Launches the prompt of a; reads that and launches a decode; reads it and launches b's prompt beside.
+    for now_s, names, num_running, calls in ((1.0, "", 1, 5), (2.0, "a", 1, 3), (3.0, "a", 2, 40)):
+        total += calls
+        memory = replace(MEMORY, driver_calls=total)
+        watch.stepped(now_s, _gains(*names), num_running, replace(SNAPSHOT, memory=memory))
+    figures = watch.figures()
+    assert figures["memory"]["driver_calls"] == 48
+    assert figures["memory"]["driver_calls_in_decode_steps"] == 0, "b's prompt is launched, a waits for it"
+    watch.stepped(4.0, _gains("a", "b"), 2, replace(SNAPSHOT, memory=replace(memory, driver_calls=total + 2)))
+    watch.stepped(5.0, _gains("a", "b"), 2, replace(SNAPSHOT, memory=replace(memory, driver_calls=total + 2)))
+    assert watch.figures()["memory"]["driver_calls_in_decode_steps"] == 2
+
+
 def test_a_rival_has_no_memory_to_tell() -> None:
     assert set(StepWatch(0.0, None).figures()) == {"steps"}

@@ -9,7 +9,7 @@ import pytest
 from engine.config import MemoryConfig, SchedulerConfig
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench
-from tests.unit.engine_cases import Talk, ask, expect, serve
+from tests.unit.engine_cases import Talk, ask, expect, finish, serve
 
 pytestmark = pytest.mark.usefixtures("steps_ahead")
 
@@ -221,3 +221,31 @@ def test_trim_gives_idle_memory_back_and_work_goes_on() -> None:
     bench.run()
     expect(bench, ask("b", 100, 50))
     bench.assert_idle()
+
+
+def test_prompts_leave_what_was_mapped_for_decodes_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pool full of cached prefixes nearly all that is free was mapped ahead; a prompt takes its chunks
+    from the cache instead, and no decode waits for a driver call."""
+    limits = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=256)
+    bench = Bench(200, MemoryConfig(map_ahead_tokens=16), limits)
+    dice = random.Random(5)
+    reserve, calls = bench.pool.reserve, {"decodes": [0], "prompts": [0]}
+
+    def counted(growth: list[tuple[int, int]], num_tokens: int, num_rows: int) -> bool:
+        before = bench.vm.num_calls
+        done = reserve(growth, num_tokens, num_rows)
+        if bench.pool.snapshot().cached > 80:
+            calls["decodes" if num_tokens == num_rows else "prompts"].append(bench.vm.num_calls - before)
+        return done
+
+    monkeypatch.setattr(bench.pool, "reserve", counted)
+    requests = [ask(f"r{i}", dice.randint(1, 150), dice.randint(20, 100)) for i in range(80)]
+    for request in requests:
+        bench.engine.submit(request)
+        for _ in range(dice.randint(5, 20)):
+            bench.engine.step()
+    finish(bench, requests)
+    assert bench.scheduler.num_preemptions == 0
+    assert len(calls["decodes"]) > 300
+    assert sum(calls["prompts"]) > 50, "memory was short: prompts had to map"
+    assert sum(calls["decodes"]) == 0

@@ -27,6 +27,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.views: dict[int, torch.Tensor] = {}
         self.content: dict[tuple[int, int], int] = {}
         self.reading: list[tuple[int, dict[tuple[int, int], int]]] = []
+        self.held: set[tuple[int, int]] = set()
         self.stamp = 0
         self.step = 0
 
@@ -80,11 +81,26 @@ class MemoryMachine(RuleBasedStateMachine):
         self.pool.settle()
         del self.content[(tensor, row)]
 
-    @rule(tensor=st.integers(0, 2), rows=st.lists(st.integers(0, ROWS - 1), max_size=4, unique=True))
-    def send_ahead(self, tensor: int, rows: list[int]) -> None:
+    @rule(
+        tensor=st.integers(0, 2),
+        rows=st.lists(st.integers(0, ROWS - 1), max_size=4, unique=True),
+        is_held=st.booleans(),
+    )
+    def send_ahead(self, tensor: int, rows: list[int], is_held: bool) -> None:
         target, free = self.tensors[tensor], self.pool.num_free
-        self.pool.send_ahead([(target, row) for row in rows if target.is_empty(row)])
+        held = [where for where in self.held if self.tensors[where[0]].can_adopt(where[1])]
+        self.pool.send_ahead([(target, row) for row in rows if target.is_empty(row)], is_held)
         assert self.pool.num_free == free, "a chunk on its way is free"
+        assert all(self.tensors[t].can_adopt(row) for t, row in held), "what is held stays where it is"
+
+    @rule(where=st.sets(st.tuples(st.integers(0, 2), st.integers(0, ROWS - 1)), max_size=6))
+    def hold(self, where: set[tuple[int, int]]) -> None:
+        mapped = {(t, row): self.tensors[t].mapped_at(row) for t, row in where}
+        self.held = {
+            place for place, chunk in mapped.items() if chunk is not None and place not in self.content
+        }
+        self.pool.hold({chunk for chunk in mapped.values() if chunk is not None})
+        assert 0 <= self.pool.num_free - self.pool.num_spare <= len(where) + self.pool.num_sent
 
     @rule(wait=st.booleans())
     def receive(self, wait: bool) -> None:
