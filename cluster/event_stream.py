@@ -91,21 +91,20 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.create_task(_disconnect(receive))
-    is_delivered = False
     try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnectedError("the client left before its answer was ready")
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+    except BaseException:
+        task.cancel()
+        watch.cancel()
         try:
-            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-            is_ready = task.done()
-        finally:
-            task.cancel()
-            watch.cancel()
             await asyncio.gather(task, watch, return_exceptions=True)
-        is_delivered = is_ready  # the last await is behind us
-    finally:
-        if not is_delivered:
+        finally:
             await _close_result(task)
-    if not is_delivered:
-        raise ClientDisconnectedError("the client left before its answer was ready")
+        raise
     return task.result()
 
 

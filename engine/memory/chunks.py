@@ -9,7 +9,8 @@ limbo with the newest step's number. When that step has finished, a shared chunk
 and a chunk that nobody else holds becomes free but stays mapped: *warm*. A new sequence in the same
 slot takes warm chunks over without a driver call; anybody else may steal them for one unmap. A free
 chunk can also be sent ahead to where it will be needed (`send_ahead`): it is free all the while, and
-warm there once the mapping thread is done.
+warm there once the mapping thread is done. Those that are there, or on their way, for a sequence that
+is about to grow are *held*: others take them last.
 """
 
 from __future__ import annotations

@@ -28,9 +28,7 @@ from engine.messages import MemorySnapshot
 logger = logging.getLogger(__name__)
 
 _MAX_AHEAD = 256  # chunks on their way at once: what they cost to bring back bounds a wait to some 10 ms
-_MAX_HELD = (
-    1024  # chunks mapped ahead that are kept for it: 128 sequences of 8 layer groups, or two long prompts
-)
+_MAX_HELD = 1024  # chunks kept for growth: that of 128 sequences in 8 layer groups, or of two long prompts
 
 
 class MemoryPool:
@@ -207,7 +205,7 @@ class MemoryPool:
         targets: list[Place] = []
         held: set[int] = set()
         for slot, tokens in growth:
-            if len(targets) >= room or len(held) >= _MAX_HELD:
+            if len(held) + len(targets) >= _MAX_HELD:
                 break
             for tensor, row in self.kv.missing(slot, tokens):
                 chunk = tensor.mapped_at(row)
@@ -283,17 +281,18 @@ class MemoryPool:
 
     def _make_room(self, num_chunks: int, num_tokens: int, num_rows: int) -> None:
         """Let so many chunks become free, from the arena's idle tail first."""
-        self._shrink_arena(num_chunks - self.chunks.num_spare, self.arena.chunks_for(num_tokens, num_rows))
-        short = num_chunks - self.chunks.num_spare - self.chunks.num_retiring
-        if short > 0:
-            self._slots.evict(short)
+        short = num_chunks - self.chunks.num_spare
+        short -= self._shrink_arena(short, self.arena.chunks_for(num_tokens, num_rows))
+        self._slots.evict(short)
 
-    def _shrink_arena(self, num_chunks: int, num_used: int) -> None:
-        """Take so many chunks, or what there is, from the arena's tail behind the `num_used` lowest."""
-        least = max(self._floor, num_used)
-        if num_chunks > 0 and self._mode == "elastic" and least < self.arena.num_backed:
-            self.arena.shrink(max(self.arena.num_backed - num_chunks, least))
+    def _shrink_arena(self, num_chunks: int, num_used: int) -> int:
+        """Take up to so many chunks from the arena's tail behind the `num_used` lowest; how many it were."""
+        spare = self.arena.num_backed - max(self._floor, num_used)
+        count = max(0, min(num_chunks, spare)) if self._mode == "elastic" else 0
+        if count:
+            self.arena.shrink(self.arena.num_backed - count)
             self.chunks.settle()
+        return count
 
     def _map(self, places: Sequence[tuple[VirtualTensor, int]]) -> bool:
         by_owner: dict[str, list[tuple[VirtualTensor, int]]] = {}

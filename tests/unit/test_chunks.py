@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+
 from engine.memory.chunks import ChunkPool
 from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.virtual_tensor import VirtualTensor
@@ -10,9 +14,15 @@ CHUNK = 4096
 TOTAL = 6
 
 
-def _left_over() -> tuple[ChunkPool, VirtualTensor, list[int]]:
-    """A full pool whose chunks are all free, and mapped in the first rows of a tensor; the chunks by row."""
-    pool = ChunkPool(HostVirtualMemory(CHUNK, TOTAL), TOTAL)
+@pytest.fixture
+def pool() -> Iterator[ChunkPool]:
+    vm = HostVirtualMemory(CHUNK, TOTAL)
+    yield ChunkPool(vm, TOTAL)
+    vm.close()
+
+
+def _left_over(pool: ChunkPool) -> tuple[VirtualTensor, list[int]]:
+    """Every chunk is free, and mapped in the first rows of a tensor; the chunks by row."""
     tensor = VirtualTensor(pool, 2 * TOTAL, "kv")
     chunks = pool.take(TOTAL, "kv") or []
     tensor.map(range(TOTAL), chunks)
@@ -20,11 +30,11 @@ def _left_over() -> tuple[ChunkPool, VirtualTensor, list[int]]:
         tensor.drop([row])
         pool.settle()
     assert (pool.num_free, pool.num_warm, pool.num_spare) == (TOTAL, TOTAL, TOTAL)
-    return pool, tensor, chunks
+    return tensor, chunks
 
 
-def test_held_chunks_are_taken_last() -> None:
-    pool, tensor, chunks = _left_over()
+def test_held_chunks_are_taken_last(pool: ChunkPool) -> None:
+    tensor, chunks = _left_over(pool)
     pool.hold({chunks[0], chunks[2]})
     assert (pool.num_free, pool.num_spare) == (TOTAL, TOTAL - 2)
     assert set(pool.take(3, "kv") or []) == {chunks[1], chunks[3], chunks[4]}
@@ -33,20 +43,18 @@ def test_held_chunks_are_taken_last() -> None:
     assert pool.num_spare == pool.num_free == 0
 
 
-def test_held_chunks_are_not_sent_elsewhere() -> None:
-    pool, tensor, chunks = _left_over()
+def test_held_chunks_are_not_sent_elsewhere(pool: ChunkPool) -> None:
+    tensor, chunks = _left_over(pool)
     pool.hold(set(chunks[:-1]))
     pool.send_ahead([(tensor, TOTAL), (tensor, TOTAL + 1)])
-    assert (pool.num_sent, pool.num_spare) == (1, 1), (
-        "one is left that may be sent, and to nobody in particular"
-    )
+    assert (pool.num_sent, pool.num_spare) == (1, 1), "only one could be sent, and it is for nobody yet"
     pool.receive(wait=True)
     assert tensor.can_adopt(TOTAL)
     assert all(tensor.can_adopt(row) for row in range(TOTAL - 1))
 
 
-def test_a_chunk_on_its_way_to_be_held_is_not_spare() -> None:
-    pool, tensor, chunks = _left_over()
+def test_a_chunk_on_its_way_to_be_held_is_not_spare(pool: ChunkPool) -> None:
+    tensor, _ = _left_over(pool)
     pool.send_ahead([(tensor, TOTAL), (tensor, TOTAL + 1)], is_held=True)
     assert (pool.num_sent, pool.num_spare) == (2, TOTAL - 2)
     pool.receive(wait=True)
@@ -56,8 +64,8 @@ def test_a_chunk_on_its_way_to_be_held_is_not_spare() -> None:
     assert tensor.can_adopt(TOTAL + 1)
 
 
-def test_a_chunk_is_held_until_another_call_does_not_name_it() -> None:
-    pool, tensor, chunks = _left_over()
+def test_a_chunk_is_held_until_another_call_does_not_name_it(pool: ChunkPool) -> None:
+    tensor, chunks = _left_over(pool)
     pool.hold({chunks[0]})
     pool.hold({chunks[1]})
     assert pool.num_spare == TOTAL - 1
@@ -65,8 +73,8 @@ def test_a_chunk_is_held_until_another_call_does_not_name_it() -> None:
     assert not tensor.can_adopt(0)
 
 
-def test_a_held_chunk_that_is_adopted_is_free_no_more() -> None:
-    pool, tensor, chunks = _left_over()
+def test_a_held_chunk_that_is_adopted_is_free_no_more(pool: ChunkPool) -> None:
+    tensor, chunks = _left_over(pool)
     pool.hold(set(chunks[:2]))
     tensor.adopt(0)
     assert (pool.num_free, pool.num_spare, pool.num_owned("kv")) == (TOTAL - 1, TOTAL - 2, 1)
@@ -79,16 +87,15 @@ def test_a_held_chunk_that_is_adopted_is_free_no_more() -> None:
     pool.check()
 
 
-def test_only_warm_chunks_can_be_held() -> None:
-    pool, tensor, chunks = _left_over()
+def test_only_warm_chunks_can_be_held(pool: ChunkPool) -> None:
+    tensor, chunks = _left_over(pool)
     tensor.adopt(0)
     pool.hold({chunks[0], 99})
     assert pool.num_spare == pool.num_free == TOTAL - 1
     pool.check()
 
 
-def test_what_an_earlier_step_reads_does_not_wait_for_a_later_one() -> None:
-    pool = ChunkPool(HostVirtualMemory(CHUNK, TOTAL), TOTAL)
+def test_what_an_earlier_step_reads_does_not_wait_for_a_later_one(pool: ChunkPool) -> None:
     tensor = VirtualTensor(pool, TOTAL, "kv")
     tensor.map(range(3), pool.take(3, "kv") or [])
     for step in (1, 2, 3):
@@ -102,9 +109,8 @@ def test_what_an_earlier_step_reads_does_not_wait_for_a_later_one() -> None:
     pool.check()
 
 
-def test_the_last_rows_of_a_slot_are_taken_first() -> None:
+def test_the_last_rows_of_a_slot_are_taken_first(pool: ChunkPool) -> None:
     """Who comes next in it begins at row 0, and goes on for as long as nothing is missing."""
-    pool = ChunkPool(HostVirtualMemory(CHUNK, TOTAL), TOTAL)
     tensor = VirtualTensor(pool, TOTAL, "kv")
     tensor.map(range(TOTAL), pool.take(TOTAL, "kv") or [])
     tensor.drop(range(TOTAL))

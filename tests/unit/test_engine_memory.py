@@ -7,6 +7,7 @@ import random
 import pytest
 
 from engine.config import MemoryConfig, SchedulerConfig
+from engine.memory.blocks import TokenChain
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench
 from tests.unit.engine_cases import Talk, ask, expect, finish, serve
@@ -221,6 +222,21 @@ def test_trim_gives_idle_memory_back_and_work_goes_on() -> None:
     bench.run()
     expect(bench, ask("b", 100, 50))
     bench.assert_idle()
+
+
+def test_a_long_prompt_on_its_way_lets_go_of_nobody_elses_chunks() -> None:
+    """More is to be sent for it than may be on its way at once: decodes keep what they have."""
+    pool = Bench(600, max_model_len=8192).pool
+    prompt, decode = (pool.open_slot(None, TokenChain("", 32), 1) for _ in range(2))
+    assert prompt is not None
+    assert decode is not None
+    assert pool.reserve([(prompt.slot, 1), (decode.slot, 1)], 2, 2)
+    pool.map_ahead([(decode.slot, 33)], 0)
+    pool.chunks.receive(wait=True)
+    for _ in range(2):  # the first time as much is sent as may be, and nothing more the second
+        pool.map_ahead([(prompt.slot, 3000), (decode.slot, 33)], 0)
+        pool.chunks.take(pool.chunks.num_spare, "other")
+    assert all(tensor.can_adopt(row) for tensor, row in pool.kv.missing(decode.slot, 33))
 
 
 def test_prompts_leave_what_was_mapped_for_decodes_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
