@@ -19,6 +19,7 @@ from engine.errors import RequestError
 from engine.messages import MAX_LOGPROBS, EngineInfo, SamplingParams
 
 MAX_CHOICES = 32  # n of one prompt
+MAX_PRIORITY = 1000  # in both directions
 _DEFAULT_COMPLETION_TOKENS = 16
 # Arguments of the renderer, which would otherwise be reachable from a request.
 _RESERVED_TEMPLATE_NAMES = frozenset(
@@ -57,6 +58,7 @@ class GenerationBody(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, min_length=1)
+    priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 

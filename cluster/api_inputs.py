@@ -1,11 +1,16 @@
-"""Reads the fields of a body that come in several shapes: prompts, messages and stop strings.
+"""Reads what of a request needs more than a type: prompts, messages, stop strings, objectives in headers.
 
 Each reader takes what the client sent and returns one shape, or raises RequestError naming the part at fault.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import dataclass
 from typing import Any
+
+from starlette.datastructures import Headers
 
 from cluster.api_body import refuse_unless_neutral
 from engine.errors import RequestError
@@ -13,6 +18,27 @@ from engine.errors import RequestError
 MAX_SEQUENCES = 256  # prompts times n of one request
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 512
+
+# float() alone would also take "1_000".
+_NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSlo:
+    """What one request is to be promised, in seconds; None is its model's own objective.
+
+    Attributes:
+        ttft_s: from its arrival to its first token.
+        tpot_s: from a token to the next, on average.
+    """
+
+    ttft_s: float | None
+    tpot_s: float | None
+
+
+def read_slo(headers: Headers) -> RequestSlo:
+    """The objectives a request brings, in the headers that llm-d and the Kubernetes inference gateway use."""
+    return RequestSlo(_read_ms(headers, "x-slo-ttft-ms"), _read_ms(headers, "x-slo-tpot-ms"))
 
 
 def read_stop(value: Any) -> list[str]:
@@ -52,6 +78,18 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise RequestError("messages must be a list with at least one message", "messages")
     return [_message(item, f"messages[{index}]") for index, item in enumerate(value)]
+
+
+def _read_ms(headers: Headers, name: str) -> float | None:
+    """Milliseconds as seconds; None without such a header."""
+    given = headers.getlist(name)
+    if not given:
+        return None
+    value = ", ".join(given).strip()  # sent twice it is a list, as proxies write it, and no number
+    seconds = float(value) / 1000 if _NUMBER.fullmatch(value) else 0.0
+    if not 0.0 < seconds < math.inf:
+        raise RequestError(f"{name} must be a positive number of milliseconds, not {value[:64]!r}", name)
+    return seconds
 
 
 def _message(value: Any, path: str) -> dict[str, str]:

@@ -9,8 +9,9 @@ file reads the environment.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -27,11 +28,26 @@ from pydantic import (
 from cluster.config_errors import explain
 from cluster.config_ingress import IngressSection
 from cluster.config_values import Bytes, Section, Source
-from engine.config import Device, Dtype, EngineConfig, LoadFormat, MemoryConfig, Mode, ModelSource
+from engine.config import (
+    Device,
+    Dtype,
+    EngineConfig,
+    LoadFormat,
+    MemoryConfig,
+    Mode,
+    ModelSource,
+    OnOverload,
+    Policy,
+    SloConfig,
+)
 from engine.config import SchedulerConfig as EngineSchedulerConfig
 from engine.errors import ConfigError
 
-_SCHEDULER, _MEMORY = EngineSchedulerConfig(), MemoryConfig()  # the defaults stand in engine.config alone
+# The defaults stand in engine.config alone.
+_SCHEDULER, _MEMORY, _SLO = EngineSchedulerConfig(), MemoryConfig(), SloConfig()
+_SCHEDULER_FIELDS = {field.name for field in fields(EngineSchedulerConfig)}
+
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ModelLoadingConfig(Section):
@@ -57,6 +73,10 @@ class EngineKwargs(Section):
     max_prefill_tokens: PositiveInt | None = None
     max_overtaken: NonNegativeInt = _SCHEDULER.max_overtaken
     max_num_queued_reqs: PositiveInt = _SCHEDULER.max_num_queued_reqs
+    policy: Policy = _SCHEDULER.policy
+    turn_tokens: PositiveInt = _SCHEDULER.turn_tokens
+    deposit: bool = _SCHEDULER.deposit
+    on_overload: OnOverload = _SCHEDULER.on_overload
     enable_prefix_caching: bool = _MEMORY.enable_prefix_caching
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"
@@ -84,6 +104,15 @@ class MemorySection(Section):
     margin_bytes: Bytes = _MEMORY.margin_bytes
     map_ahead_tokens: NonNegativeInt = _MEMORY.map_ahead_tokens
     trim_after_s: NonNegativeFloat | None = _MEMORY.trim_after_s
+    balloon_bytes: Bytes | None = _MEMORY.balloon_bytes
+    balloon_slab_bytes: Bytes = _MEMORY.balloon_slab_bytes
+
+
+class SloSection(Section):
+    """`engine.config.SloConfig`: what holds for requests that bring no objectives of their own."""
+
+    ttft_ms: Milliseconds = _SLO.ttft_ms
+    tpot_ms: Milliseconds = _SLO.tpot_ms
 
 
 class PlacementGroupConfig(Section):
@@ -140,6 +169,7 @@ class LLMConfig(Section):
     accelerator_type: str | None = None
     engine_kwargs: EngineKwargs = EngineKwargs()
     memory: MemorySection = MemorySection()
+    slo: SloSection = SloSection()
     placement_group_config: PlacementGroupConfig | None = None
     deployment_config: DeploymentSection = DeploymentSection()
 
@@ -261,15 +291,8 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
             seed=kwargs.seed,
         ),
         memory=MemoryConfig(**llm.memory.model_dump(), enable_prefix_caching=kwargs.enable_prefix_caching),
-        scheduler=EngineSchedulerConfig(
-            max_num_seqs=kwargs.max_num_seqs,
-            max_num_batched_tokens=kwargs.max_num_batched_tokens,
-            prefill_piece_tokens=kwargs.prefill_piece_tokens,
-            prefill_spread_steps=kwargs.prefill_spread_steps,
-            max_prefill_tokens=kwargs.max_prefill_tokens,
-            max_overtaken=kwargs.max_overtaken,
-            max_num_queued_reqs=kwargs.max_num_queued_reqs,
-        ),
+        scheduler=EngineSchedulerConfig(**kwargs.model_dump(include=_SCHEDULER_FIELDS)),
+        slo=SloConfig(**llm.slo.model_dump()),
         device=device,
         max_model_len=kwargs.max_model_len,
         num_threads=kwargs.num_threads,

@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 from cluster.api import ChatBody, CompletionBody, GenerationBody, resolve_max_tokens
 from cluster.api_body import parse_body
+from cluster.api_inputs import RequestSlo, read_slo
 from cluster.api_responses import ChatWriter, CompletionWriter, Json, ResponseWriter
 from cluster.config_values import DEFAULT_MAX_BODY_BYTES
 from cluster.event_stream import EventStreamResponse, until_disconnect
@@ -90,6 +91,7 @@ class _Call:
 
     request_id: str
     api_key_digest: bytes
+    slo: RequestSlo
     arrived_s: float
     deadline_s: float | None
     model: ServedModel
@@ -141,9 +143,10 @@ class _Front:
                 model = find_model(self._models, body.model)
                 model_id = model.model_id
                 body.check()
+                slo = read_slo(request.headers)
                 info, tokenizer = await asyncio.gather(model.info(), model.tokenizer())
                 key = state.api_key_digest if self._config.salts_by_api_key else b""
-                call = _Call(state.request_id, key, arrived_s, deadline_s, model, info, tokenizer)
+                call = _Call(state.request_id, key, slo, arrived_s, deadline_s, model, info, tokenizer)
                 return await until_disconnect(request.receive, answer(call, body))
         except Exception as error:
             self._observer.request_rejected(model_id, describe(error).status)
@@ -207,7 +210,17 @@ def _engine_requests(call: _Call, body: GenerationBody, prompts: Sequence[TokenI
         max_tokens = resolve_max_tokens(body, len(token_ids), call.info)
         for choice in range(body.n):
             sampling = body.sampling(max_tokens, call.info.vocab_size, choice)
-            requests.append(GenerateRequest(f"{unique}-{len(requests)}", token_ids, sampling, salt))
+            requests.append(
+                GenerateRequest(
+                    request_id=f"{unique}-{len(requests)}",
+                    prompt_token_ids=token_ids,
+                    sampling=sampling,
+                    cache_salt=salt,
+                    ttft_slo_s=call.slo.ttft_s,
+                    tpot_slo_s=call.slo.tpot_s,
+                    priority=body.priority,
+                )
+            )
     return requests
 
 

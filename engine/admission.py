@@ -51,14 +51,15 @@ class Admission:
                     return other, others_match
         return head, match
 
-    def may_start(self, seq: Sequence, match: Match | None, active: list[Sequence], draft: Draft) -> bool:
-        """Whether memory allows a waiting sequence to start now, and nothing better is coming for it."""
-        pool, length = self._pool, seq.num_tokens
-        if pool.prefixes.must_wait(seq.chain, match, length, draft.number):
-            return False
-        need = pool.chunks_to_open(match, min(length + 1, self._max_model_len))
+    def must_wait(self, seq: Sequence, match: Match | None, draft: Draft) -> bool:
+        """Whether something better is coming for a waiting sequence: KV that a live one is about to compute."""
+        return self._pool.prefixes.must_wait(seq.chain, match, seq.num_tokens, draft.number)
+
+    def num_lacking(self, seq: Sequence, match: Match | None, active: list[Sequence], draft: Draft) -> int:
+        """Chunks that memory is too short by for a waiting sequence to start now; 0 or less if it may."""
+        need = self._pool.chunks_to_open(match, min(seq.num_tokens + 1, self._max_model_len))
         room = draft.room(1) - self._promised(active, draft)
-        return not need or need + self._watermark(seq, active) <= room
+        return need + self._watermark(seq, active) - room if need else 0
 
     def _match(self, seq: Sequence, draft: Draft) -> Match | None:
         return self._pool.match(seq.chain, seq.tokens, seq.num_tokens, draft.number)

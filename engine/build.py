@@ -71,7 +71,7 @@ def build_engine(
     vm, total = make_driver(facts.device, geometry.chunk_bytes, config.memory, _GRAPH_BYTES if shapes else 0)
     max_model_len = _fit_model_len(config, facts.config.max_context, geometry, specs, total)
     pool = _make_pool(config, facts, vm, total, geometry, specs, max_model_len, shapes)
-    scheduler = Scheduler(limits, pool, max_model_len, eos_token_ids)
+    scheduler = Scheduler(limits, pool, max_model_len, eos_token_ids, clock)
     runner = _runner(model, pool, sampler, limits)
     _warm_up(pool, runner, sampler)
     graph_bytes = footprint.bytes_of(

@@ -17,6 +17,8 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Mode = Literal["elastic", "virtual", "static"]
+Policy = Literal["slo", "fcfs"]
+OnOverload = Literal["queue", "shed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,10 @@ class MemoryConfig:
             tokens are left in the ones it has; 0 maps when they are needed.
         trim_after_s: seconds without work after which free chunks go back to the device; None keeps
             them. What they hold of prefixes stays.
+        balloon_bytes: host memory that KV of sequences may move to while others run (the balloon); taken
+            in slabs as it is needed. 0 switches it off; None is half of what the host has available at
+            start on a GPU, and 0 on a CPU, where both memories are the same.
+        balloon_slab_bytes: host memory that the balloon grows by at a time.
     """
 
     mode: Mode = "elastic"
@@ -73,6 +79,8 @@ class MemoryConfig:
     enable_prefix_caching: bool = True
     map_ahead_tokens: int = 32
     trim_after_s: float | None = 300.0
+    balloon_bytes: int | None = None
+    balloon_slab_bytes: int = 256 * MIB
 
     def __post_init__(self) -> None:
         if self.pool_bytes is not None and self.pool_bytes <= 0:
@@ -83,6 +91,10 @@ class MemoryConfig:
             raise ConfigError(f"memory.map_ahead_tokens must be at least 0, not {self.map_ahead_tokens}")
         if self.trim_after_s is not None and self.trim_after_s < 0:
             raise ConfigError(f"memory.trim_after_s must be at least 0, not {self.trim_after_s}")
+        if self.balloon_bytes is not None and self.balloon_bytes < 0:
+            raise ConfigError(f"memory.balloon_bytes must be at least 0, not {self.balloon_bytes}")
+        if self.balloon_slab_bytes <= 0:
+            raise ConfigError(f"memory.balloon_slab_bytes must be positive, not {self.balloon_slab_bytes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,18 @@ class SchedulerConfig:
             strictly first come, first served.
         max_num_queued_reqs: requests that may wait beside those that run; one more is refused as
             overload.
+        policy: `slo` spends memory so that first tokens and next tokens keep their deadlines
+            (`SloConfig`): sequences that are ahead of their clients give their place on the GPU to others
+            for a while. `fcfs` never takes a sequence's place while there is memory for it; the
+            baseline to measure against.
+        turn_tokens: how far a sequence should get, ahead of its client, before another one that is
+            further behind takes its turn on the GPU.
+        deposit: while sequences take turns, tokens that come sooner than `tpot_ms` asks for are held
+            back and handed out at that pace, so that no client sees a turn of others as a pause. Without,
+            clients get tokens as soon as they exist.
+        on_overload: `queue` lets requests wait however long the line is, up to `max_num_queued_reqs`;
+            `shed` refuses at once those whose first token would come too late, with the time after which
+            one more would be in time.
     """
 
     max_num_seqs: int = 64
@@ -112,6 +136,10 @@ class SchedulerConfig:
     max_prefill_tokens: int | None = None
     max_overtaken: int = 64
     max_num_queued_reqs: int = 1024
+    policy: Policy = "slo"
+    turn_tokens: int = 64
+    deposit: bool = True
+    on_overload: OnOverload = "queue"
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -125,6 +153,8 @@ class SchedulerConfig:
             raise ConfigError(f"prefill_piece_tokens must be at least 1, not {self.prefill_piece_tokens}")
         if self.prefill_spread_steps < 1:
             raise ConfigError(f"prefill_spread_steps must be at least 1, not {self.prefill_spread_steps}")
+        if self.turn_tokens < 1:
+            raise ConfigError(f"turn_tokens must be at least 1, not {self.turn_tokens}")
         if self.max_overtaken < 0:
             raise ConfigError(f"max_overtaken must be at least 0, not {self.max_overtaken}")
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < self.max_num_batched_tokens:
@@ -137,6 +167,24 @@ class SchedulerConfig:
     def largest_step(self) -> int:
         """Tokens of the largest step there can be."""
         return self.max_prefill_tokens or self.max_num_batched_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SloConfig:
+    """What a model's users are promised; a request may bring its own (`GenerateRequest`).
+
+    Attributes:
+        ttft_ms: from the arrival of a request to its first token.
+        tpot_ms: from a token to the next, on average over a request's answer.
+    """
+
+    ttft_ms: float = 2000.0
+    tpot_ms: float = 100.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft_ms", self.ttft_ms), ("tpot_ms", self.tpot_ms)):
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"slo.{name} must be positive, not {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +203,7 @@ class EngineConfig:
     model: ModelSource
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
     device: Device = "cpu"
     max_model_len: int | None = None
     num_threads: int | None = None

@@ -210,6 +210,7 @@ class Engine:
             if ahead:
                 self._pool.map_ahead(self._scheduler.upcoming(ahead), limits.max_num_batched_tokens)
         elif not self._in_flight:
+            busy |= self._scheduler.turns.wait()  # nothing can be computed until a copy has ended
             self.snapshot = self._take_snapshot()
             return busy
         self._complete_all(but=self.steps_ahead if plan is not None else 0)
@@ -250,8 +251,15 @@ class Engine:
 
     def _new_sequence(self, request: GenerateRequest) -> EngineSequence:
         seed = request.sampling.seed
-        chain = TokenChain(request.cache_salt, self._pool.kv.geometry.tokens_per_chunk)
-        return EngineSequence(request, secrets.randbits(63) if seed is None else seed, self._clock(), chain)
+        slo, ttft_s, tpot_s = self._config.slo, request.ttft_slo_s, request.tpot_slo_s
+        return EngineSequence(
+            request,
+            secrets.randbits(63) if seed is None else seed,
+            self._clock(),
+            TokenChain(request.cache_salt, self._pool.kv.geometry.tokens_per_chunk),
+            ttft_slo_s=slo.ttft_ms / 1e3 if ttft_s is None else ttft_s,
+            tpot_slo_s=slo.tpot_ms / 1e3 if tpot_s is None else tpot_s,
+        )
 
     def _schedule_and_reserve(self) -> StepPlan | None:
         """The next plan with everything it needs in place.
@@ -290,7 +298,7 @@ class Engine:
     def _is_stuck(self) -> bool:
         """Whether somebody waits although nothing runs that could free memory for them."""
         waits = bool(self._scheduler.unfinished()) and not self._in_flight
-        return waits and self._pool.chunks.num_retiring == 0
+        return waits and self._pool.chunks.num_retiring == 0 and not self._scheduler.turns.is_moving
 
     def _launch(self, plan: StepPlan) -> None:
         """Start computing and sampling a reserved plan."""
@@ -362,6 +370,8 @@ class Engine:
             monotonic_s=self._clock(),
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
+            num_parked=scheduler.num_parked,
+            num_parkings=scheduler.turns.num_parkings,
             num_steps=self._num_steps,
             num_preemptions=scheduler.num_preemptions,
             prompt_tokens=scheduler.prompt_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.memory.pool import MemoryPool
+from engine.messages import Piece, StepPlan
 from engine.sequence import Sequence
 
 
@@ -36,9 +37,33 @@ class Draft:
         """Tokens the step may still gain."""
         return (self._max_tokens if self._has_decodes else self._largest_step) - self.num_tokens
 
+    def plan(self, step: int) -> StepPlan:
+        """The draft as what a step computes."""
+        ordered = sorted(self.pieces, key=lambda entry: entry[1] > 1)
+        pieces = tuple(
+            Piece(
+                seq.request_id,
+                seq.held_slot,
+                seq.seat,
+                seq.num_computed,
+                seq.next_tokens(count),
+                samples,
+                seq.shared_slot,
+                seq.shared_tokens,
+            )
+            for seq, count, samples in ordered
+        )
+        copies = tuple(seq.copy for seq, _, _ in ordered if seq.copy is not None)
+        return StepPlan(step, pieces, sum(count == 1 for _, count, _ in ordered), copies)
+
     def room(self, extra_tokens: int = 0) -> int:
         """Chunks left for KV if the step had that many tokens more."""
         return self._pool.room_for_kv(self.num_tokens + extra_tokens, self._num_rows + 1) - self._kv_chunks
+
+    def num_missing(self, sequences: list[Sequence]) -> int:
+        """Chunks that are missing for the next token of all these."""
+        chunks = self._pool.kv.num_missing([(seq.held_slot, seq.num_computed + 1) for seq in sequences])
+        return max(1, chunks - self.room(len(sequences)))
 
     def try_add(self, seq: Sequence, count: int) -> bool:
         """Add the sequence's next `count` tokens if tokens and memory allow."""

@@ -96,12 +96,17 @@ class GenerateRequest:
 
     Attributes:
         cache_salt: prefixes are shared between requests of the same salt only.
+        ttft_slo_s, tpot_slo_s: what this client is promised, in seconds; None is the model's own.
+        priority: smaller is sooner (vLLM's field); one step is worth ten seconds of waiting.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    priority: int = 0
 
 
 PENDING_TOKEN = -1
@@ -267,6 +272,8 @@ class EngineSnapshot:
         last_step_s: duration of the newest step.
         prefix_queries, prefix_hits: tokens of prompts that were looked up in the prefix cache, and those
             of them that were found.
+        num_parked: sequences whose KV is in the balloon, or on its way there or back.
+        num_parkings: how often a sequence was parked so far.
     """
 
     model_id: str
@@ -282,6 +289,8 @@ class EngineSnapshot:
     memory: MemorySnapshot
     prefix_queries: int = 0
     prefix_hits: int = 0
+    num_parked: int = 0
+    num_parkings: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,29 @@
 """Which tokens the next step computes, and who has to wait. Owns the queues; owns no memory.
 
-Continuous batching with chunked prefill, first come first served. A step is drafted against the
-memory there is: running sequences first, one token each, then prefills in order of arrival, cut to what
-tokens and memory allow, then new requests, which start behind whatever of their prompt is there. When a
-running sequence cannot grow, the sequence that arrived last gives its KV up and is computed again later;
-what it has already said stays said. So the oldest sequence always makes progress, and with it everybody
-in turn.
+Continuous batching with chunked prefill, the request whose first token is due first comes first. A step is
+drafted against the memory there is: running sequences first, one token each, then prefills in order of
+arrival, cut to what tokens and memory allow, then new requests, which start behind whatever of their prompt
+is there. When a running sequence cannot grow, the sequence that arrived last is parked (`engine.turns`); if
+that is impossible it gives its KV up and is computed again later, and what it has already said stays said.
+So the oldest sequence always makes progress, and with it everybody in turn.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from engine.admission import Admission
 from engine.config import SchedulerConfig
 from engine.draft import Draft
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
-from engine.messages import FinishReason, Piece, StepPlan, TokenDelta, TokenLogprobs
+from engine.messages import FinishReason, StepPlan, TokenDelta, TokenLogprobs
 from engine.pace import Pace
 from engine.sequence import Sequence, State
+from engine.turns import Turns
 
 _NO_DRAFT = -1
 
@@ -34,10 +36,16 @@ class Scheduler:
         pool: the one door to memory.
         max_model_len: tokens at which a sequence ends.
         eos_token_ids: tokens at which it ends by itself.
+        clock: seconds that never go back; sequences arrive on the same one.
     """
 
     def __init__(
-        self, config: SchedulerConfig, pool: MemoryPool, max_model_len: int, eos_token_ids: Collection[int]
+        self,
+        config: SchedulerConfig,
+        pool: MemoryPool,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -45,12 +53,15 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._admission = Admission(config.max_overtaken, pool, max_model_len)
         self._pace = Pace(config)
+        self._clock = clock
+        self.turns = Turns(config, pool)
         self._waiting: list[Sequence] = []
         self._active: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._free_seats = list(range(config.max_num_seqs))[::-1]
         self._waiting_lack = 0
         self._is_held_up = False
+        self._num_lacking = 0  # chunks that the next waiting request lacks
         self._num_drafts = 0
         self._num_steps = 0
         self.num_preemptions = 0
@@ -67,8 +78,13 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold KV."""
+        """Sequences that hold KV on the device and take part in steps."""
         return len(self._active)
+
+    @property
+    def num_parked(self) -> int:
+        """Sequences in the balloon, those on their way back included."""
+        return len(self.turns.parked)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new request."""
@@ -90,22 +106,26 @@ class Scheduler:
         Side effects: preempts sequences, opens slots for admitted ones. Backs no memory.
         """
         self._num_drafts += 1
-        running = [seq for seq in self._active if seq.state is State.RUNNING and not self._is_complete(seq)]
+        self._take_turns()
+        running = self._decodable()
         draft = Draft(
             self._num_drafts, self._pool, self._step_tokens(len(running)), self._config.largest_step
         )
         is_short = self._add_running(draft, running)
         self._add_prefilling(draft)
+        self._num_lacking = 0
         if not is_short:
             self._admit(draft)
         self._is_held_up = bool(self._waiting) and (is_short or draft.tokens_left > 0)
+        if not draft.pieces and not self._is_unsettled() and self.turns.bring_back_any(self._clock()):
+            return None
         while not draft.pieces and len(self._active) > 1 and not self._is_unsettled():
             self.preempt(self._active[-1])  # several half-prefilled prompts hold everything: one yields
             self._add_prefilling(draft)
         if not draft.pieces:
             return None
         self._num_steps += 1
-        return self._plan(draft), draft.growth
+        return draft.plan(self._num_steps), draft.growth
 
     def launched(self, plan: StepPlan) -> list[Sequence]:
         """Count a step that has been launched as done; the sequences it chooses tokens for, in its order.
@@ -181,6 +201,37 @@ class Scheduler:
             next_lacks, all_lack = self._waiting[0].num_lacking, self._waiting_lack
         return num_decodes + self._pace.prompt_tokens(num_decodes, prompts, next_lacks, all_lack)
 
+    def _decodable(self) -> list[Sequence]:
+        return [seq for seq in self._active if seq.state is State.RUNNING and not self._is_complete(seq)]
+
+    def _take_turns(self) -> None:
+        """Sequences that were parked come back, and others are parked for them or for waiting prompts."""
+        turns, now_s = self.turns, self._clock()
+        turns.tick(now_s, bool(self._active))
+        if self._pool.parking is None:
+            return
+        for seq in turns.settle():
+            self._return(seq)
+        for seq, num_chunks in turns.victims(now_s, self._decodable(), self._num_lacking):
+            self._try_park(seq, num_chunks)
+        turns.bring_back(now_s, self._num_lacking, len(self._active))
+
+    def _try_park(self, seq: Sequence, num_chunks: int) -> bool:
+        """Move a running sequence off the device, if the balloon has room for it."""
+        if not self.turns.park(seq, num_chunks):
+            return False
+        self._active.remove(seq)
+        return True
+
+    def _return(self, seq: Sequence) -> None:
+        """A parked sequence is on the device again, unless its KV was lost; then it is computed again."""
+        if seq.backing.is_lost:
+            self._restart(seq)
+            return
+        seq.slot = self._pool.returned(seq.backing, seq.chain, seq.num_computed)
+        seq.move(State.RUNNING)
+        insort(self._active, seq, key=_age)
+
     def _add_running(self, draft: Draft, running: list[Sequence]) -> bool:
         """One token for every running sequence; whether memory was too short for all of them."""
         if draft.try_add_decodes(running):
@@ -189,11 +240,15 @@ class Scheduler:
         for seq in running:
             while seq.state is State.RUNNING and not draft.try_add(seq, 1):
                 is_short = True
-                if self._pool.chunks.num_retiring:
-                    # Enough may be free once the step in flight ends; what another victim gave up would
-                    # not be free sooner. Until then this sequence and the later ones sit out.
+                if self._pool.chunks.num_retiring or self.turns.is_moving:
+                    # Enough may be free once the step or the copy in flight ends; what another victim gave
+                    # up would not be free sooner. Until then this sequence and the later ones sit out.
                     return True
-                self.preempt(self._active[-1])  # never one already in the draft: those arrived earlier
+                victim = self._active[-1]  # never one already in the draft: those arrived earlier
+                if victim.state is not State.RUNNING or not self._try_park(victim, draft.num_missing(
+                    [one for one in running if one.state is State.RUNNING]
+                )):
+                    self.preempt(victim)
         return is_short
 
     def _add_prefilling(self, draft: Draft) -> None:
@@ -221,7 +276,11 @@ class Scheduler:
 
     def _try_open(self, seq: Sequence, match: Match | None, draft: Draft) -> bool:
         """Give a waiting sequence a slot, if memory allows and nothing better is coming."""
-        if not self._admission.may_start(seq, match, self._active, draft):
+        if self._admission.must_wait(seq, match, draft):
+            return False
+        lacking = self._admission.num_lacking(seq, match, self._active, draft)
+        if lacking > 0:
+            self._num_lacking = lacking
             return False
         opened = self._pool.open_slot(match, seq.chain, seq.num_tokens)
         if opened is None:
@@ -237,27 +296,10 @@ class Scheduler:
             self.prefix_hits += opened.num_tokens
         return True
 
-    def _plan(self, draft: Draft) -> StepPlan:
-        ordered = sorted(draft.pieces, key=lambda entry: entry[1] > 1)
-        pieces = tuple(
-            Piece(
-                seq.request_id,
-                seq.held_slot,
-                seq.seat,
-                seq.num_computed,
-                seq.next_tokens(count),
-                samples,
-                seq.shared_slot,
-                seq.shared_tokens,
-            )
-            for seq, count, samples in ordered
-        )
-        copies = tuple(seq.copy for seq, _, _ in ordered if seq.copy is not None)
-        return StepPlan(self._num_steps, pieces, sum(count == 1 for _, count, _ in ordered), copies)
-
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenDelta:
         if not seq.output_token_ids:
             self.prompt_tokens += len(seq.prompt_token_ids)
+            seq.first_token_s = self._clock()
         seq.output_token_ids.append(token)
         self.generated_tokens += 1
         reason = self._finish_reason(seq, token)
@@ -281,8 +323,9 @@ class Scheduler:
         return None
 
     def _is_unsettled(self) -> bool:
-        """Whether a step in flight will end sequences or free chunks."""
-        return self._pool.chunks.num_retiring > 0 or any(seq.num_in_flight for seq in self._active)
+        """Whether a step or a copy in flight will end sequences, free chunks or bring a sequence back."""
+        is_busy = self._pool.chunks.num_retiring > 0 or self.turns.is_moving
+        return is_busy or any(seq.num_in_flight for seq in self._active)
 
     def _is_complete(self, seq: Sequence) -> bool:
         """Whether the tokens in flight are its last ones, whatever they turn out to be."""
@@ -306,15 +349,22 @@ class Scheduler:
             seq.wants = None
 
     def _remove(self, seq: Sequence, reason: FinishReason) -> None:
-        if seq.slot is None:
+        if seq.state is State.WAITING:
             self._unwait(seq)
+        elif seq.state is State.PARKED:
+            self._release_parked(seq)
         else:
             self._release(seq, is_sound=reason != "error")
+        if reason in ("stop", "length"):
+            self.turns.finished(seq)
         seq.move(State.FINISHED)
         del self._by_id[seq.request_id]
 
     def _restart(self, seq: Sequence) -> None:
-        self._release(seq)
+        if seq.state is State.PARKED:
+            self._release_parked(seq)
+        else:
+            self._release(seq)
         seq.move(State.WAITING)
         seq.num_preemptions += 1
         self.num_preemptions += 1
@@ -333,7 +383,17 @@ class Scheduler:
             num_kept -= num_kept % self._pool.kv.geometry.tokens_per_chunk
         self._active.remove(seq)
         self._pool.hash(seq.chain, seq.tokens, num_kept)
+        self._pool.discard(seq.backing)
         self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
+        self._free_seats.append(seq.seat)
+        seq.leave()
+
+    def _release_parked(self, seq: Sequence) -> None:
+        """Give up what a parked sequence has in the balloon, and the slot that it may have kept."""
+        self.turns.forget(seq)
+        slot, num_kept = self._pool.discard(seq.backing)
+        if slot is not None:
+            self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
         self._free_seats.append(seq.seat)
         seq.leave()
 

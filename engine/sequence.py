@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 from engine.memory.blocks import Opened, TokenChain
+from engine.memory.parking import Backing
 from engine.messages import PENDING_TOKEN, BlockCopy, GenerateRequest, SamplingParams
 
 
@@ -15,13 +17,15 @@ class State(Enum):
     WAITING = "waiting"  # holds no KV: new, or preempted
     PREFILLING = "prefilling"  # has a slot; not all known tokens are in it
     RUNNING = "running"  # every known token but the newest is in its slot
+    PARKED = "parked"  # its KV is in the balloon, or on its way there or back
     FINISHED = "finished"
 
 
 _MOVES = {
     State.WAITING: {State.PREFILLING, State.FINISHED},
     State.PREFILLING: {State.RUNNING, State.WAITING, State.FINISHED},
-    State.RUNNING: {State.WAITING, State.FINISHED},
+    State.RUNNING: {State.PARKED, State.WAITING, State.FINISHED},
+    State.PARKED: {State.RUNNING, State.WAITING, State.FINISHED},
     State.FINISHED: set(),
 }
 
@@ -47,6 +51,9 @@ class Sequence:
         is_new_to_slot: the slot holds nothing of this sequence for the sampler to go on from.
         num_preemptions: how often its KV was dropped to make room.
         num_overtaken: how often another request started first although this one had come before.
+        ttft_slo_s, tpot_slo_s: what its client is promised.
+        first_token_s: the engine's clock when its first token was read.
+        backing: what of its KV is in the balloon.
     """
 
     request: GenerateRequest
@@ -69,6 +76,10 @@ class Sequence:
     is_new_to_slot: bool = True
     num_preemptions: int = 0
     num_overtaken: int = 0
+    ttft_slo_s: float = math.inf
+    tpot_slo_s: float = math.inf
+    first_token_s: float | None = None
+    backing: Backing = field(default_factory=Backing)
 
     @property
     def request_id(self) -> str:

@@ -14,9 +14,12 @@ import torch
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from engine.core import Engine
 from engine.memory.arena import BufferSpec
+from engine.memory.balloon import Balloon
+from engine.memory.copies import Copies, ThreadCopies
 from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.pool import MemoryPool
+from engine.memory.slabs import PlainSlabs
 from engine.memory.vmm import VirtualMemory
 from engine.messages import PENDING_TOKEN, EngineInfo, Piece, StepPlan, TokenDelta
 from engine.model.sampler import Sampled, SampleRow
@@ -200,6 +203,8 @@ class Bench:
         steps_ahead: int | None = None,
         runner: type[PatternRunner] = PatternRunner,
         sampler: type[PatternSampler] = PatternSampler,
+        balloon_chunks: int = 0,
+        copies: Copies | None = None,
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         memory = memory or MemoryConfig()
@@ -219,8 +224,12 @@ class Bench:
             num_slots=2 * scheduler.max_num_seqs,
             caches_prefixes=memory.enable_prefix_caching,
         )
+        if balloon_chunks:
+            self.balloon = Balloon(PlainSlabs(), CHUNK_BYTES, balloon_chunks, balloon_chunks)
+            self.pool.add_balloon(self.balloon, copies or ThreadCopies(CHUNK_BYTES))
         info = EngineInfo("pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0)
-        self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids)
+        clock = FakeClock()
+        self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids, clock)
         self.runner = runner(self.pool, self._tokens_of)
         self.sampler = sampler(self.runner)
         self.deltas = Collected()
@@ -232,7 +241,7 @@ class Bench:
             self.runner,
             self.sampler,
             self.deltas.take,
-            FakeClock(),
+            clock,
             self.steps_ahead if steps_ahead is None else steps_ahead,
         )
 

@@ -1,4 +1,5 @@
-"""Virtual memory of one CUDA device. The only file that calls the CUDA driver, itself or by native_cuda.c.
+"""Virtual memory of one CUDA device, and copies from and to it. The only file that calls the CUDA driver,
+itself or by native_cuda.c.
 
 Per call from Python on an H100, 2 to 32 MiB alike: create 11 µs, map 2, set access 32, unmap 19,
 release 13; one set-access over a range costs no less a chunk. Neither map nor unmap waits for
@@ -8,7 +9,9 @@ running kernels, so whoever unmaps must know that nothing in flight reads the ra
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from cuda.bindings import driver
 
 from engine.errors import ConfigError, DriverError
 from engine.memory import native
+from engine.memory.copies import Piece
 from engine.memory.driver import ChunkDriver
 from engine.memory.mapper import Call, Failure, Mapper, PythonMapper
 
@@ -147,6 +151,31 @@ def _explain(failure: Failure) -> DriverError:
     return DriverError(_NAMES[call], driver.CUresult(code).name)
 
 
+def issue_copies(pieces: Sequence[Piece], stream: int, library: native.Library | None) -> None:
+    """Have copies between the device and pinned host memory made on a stream, in order.
+
+    Args:
+        pieces: the copies; the driver tells host from device by their addresses.
+        stream: a CUstream of the calling thread's context.
+        library: the native helper: one call for all of them, beyond 64 without the interpreter's lock.
+
+    Raises:
+        DriverError: that copy and those behind it are not made. Those before it may be under way.
+    """
+    if library is not None:
+        code = library.copy(_address("cuMemcpyAsync"), pieces, stream)
+    else:
+        code = next((code for code in (_copy(piece, stream) for piece in pieces) if code), 0)
+    if code:
+        raise DriverError("cuMemcpyAsync", driver.CUresult(code).name)
+
+
+def _copy(piece: Piece, stream: int) -> int:
+    target, source = driver.CUdeviceptr(piece.target), driver.CUdeviceptr(piece.source)
+    return int(driver.cuMemcpyAsync(target, source, piece.nbytes, driver.CUstream(stream))[0])
+
+
+@functools.cache
 def _address(function: str) -> int:
     return ctypes.cast(getattr(ctypes.CDLL("libcuda.so.1"), function), ctypes.c_void_p).value or 0
 

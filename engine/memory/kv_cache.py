@@ -157,6 +157,7 @@ class KvCache:
         self._begin = [0] * num_slots  # own rows of a slot: from here ..
         self._end = [0] * num_slots  # .. to here
         self._highest = [0] * num_slots  # the furthest `_end` since a slot was opened
+        self._absent: dict[int, dict[int, int]] = {}  # slot -> layer group -> from which row on nothing is there
         for tensor in self.tensors:
             tensor.alias([0], [guard])
         views = [tensor.view(dtype) for tensor in self.tensors]
@@ -173,6 +174,10 @@ class KvCache:
     def end(self, slot: int) -> int:
         """Where the slot's backed rows end, counted from its first, the same in every layer group."""
         return self._end[slot]
+
+    def num_own_chunks(self, slot: int) -> int:
+        """Chunks behind the slot's own rows, those it shares with other slots included."""
+        return self.geometry.num_groups * (self._end[slot] - self._begin[slot])
 
     def open(self, slot: int, begin: int) -> None:
         """Start an empty slot whose own rows begin at `begin`."""
@@ -239,10 +244,36 @@ class KvCache:
 
     def cut(self, slot: int, end: int, read_until: int | None = None) -> None:
         """Let go of the slot's rows from `end` on, which no step after `read_until` reads."""
-        first, old = self.first_row(slot), self._end[slot]
-        self._end[slot] = min(max(end, self._begin[slot]), old)
-        for tensor in self.tensors:
-            tensor.drop(range(first + self._end[slot], first + old), read_until)
+        first, old, absent = self.first_row(slot), self._end[slot], self._absent.get(slot, {})
+        new = self._end[slot] = min(max(end, self._begin[slot]), old)
+        for group, tensor in enumerate(self.tensors):
+            tensor.drop(range(first + new, first + min(old, absent.get(group, old))), read_until)
+        for group in [group for group, begin in absent.items() if begin >= new]:
+            del absent[group]
+        if not absent:
+            self._absent.pop(slot, None)
+
+    def leave(self, slot: int, group: int, begin: int, read_until: int | None = None) -> None:
+        """Let go of the slot's rows from `begin` on in one layer group, until `returned`. The slot keeps
+        its end: it is parked, and reads nothing until they are there again.
+        """
+        first = self.first_row(slot)
+        self.tensors[group].drop(range(first + begin, first + self._end[slot]), read_until)
+        self._absent.setdefault(slot, {})[group] = begin
+
+    def absent(self, slot: int) -> list[tuple[VirtualTensor, int]]:
+        """What to back before a parked slot can be read again, layer group after layer group."""
+        first, end = self.first_row(slot), self._end[slot]
+        absent = sorted(self._absent.get(slot, {}).items())
+        return [
+            (self.tensors[group], row)
+            for group, begin in absent
+            for row in range(first + begin, first + end)
+        ]
+
+    def returned(self, slot: int) -> None:
+        """Note that what `absent` named is backed now."""
+        self._absent.pop(slot, None)
 
     def used_rows(self, slot: int) -> tuple[int, int]:
         """Own rows that the slot has had since it was opened: from, to."""

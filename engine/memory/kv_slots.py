@@ -91,6 +91,20 @@ class KvSlots:
         self._remove_if_empty(slot)
         self._chunks.settle()
 
+    def abandon(self, slot: int) -> None:
+        """A parked sequence, none of whose KV is on the device, gives up its slot. The rows stay mapped."""
+        self._kv.cut(slot, 0)
+        self.prefixes.abandon(slot)
+        self._free_slots.put(slot)
+
+    def occupy(self, num_rows: int) -> int | None:
+        """A slot for a parked sequence that comes back, by best fit; None if there is none."""
+        slot = self._empty_slot(0, num_rows)
+        if slot is not None:
+            self.prefixes.open(slot)
+            self._kv.open(slot, 0)
+        return slot
+
     def evict(self, num_chunks: int) -> None:
         """Give up blocks that no sequence reads, until so many chunks are free or about to be."""
         left = -(-num_chunks // self._kv.geometry.num_groups)

@@ -19,9 +19,13 @@ import shutil
 import subprocess
 import tempfile
 import weakref
+from array import array
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from engine.memory.copies import Piece
 from engine.memory.mapper import Batch
 
 logger = logging.getLogger(__name__)
@@ -79,6 +83,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "host_add_range": (_INT, (_POINTER, _U64, _U64)),
     "host_free": (None, (_POINTER,)),
     "cuda_fill": (None, (ctypes.POINTER(CudaFunctions), ctypes.POINTER(CallTable))),
+    "cuda_copy": (_INT, (_POINTER, _POINTER, _POINTER, _U64)),
 }
 
 
@@ -92,6 +97,18 @@ class Library:
             for library in (self.slow, self.quick):
                 function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments
+
+    def copy(self, function: int, pieces: Sequence[Piece], stream: int) -> int:
+        """Hand copies to a driver, in order, up to one that it refuses: its code, 0 if there is none.
+
+        Args:
+            function: address of its cuMemcpyAsync.
+            pieces: the copies.
+            stream: the CUstream that they are made on.
+        """
+        words = array("Q", chain.from_iterable(pieces))
+        library = self.quick if len(pieces) <= _LARGEST_WITH_LOCK else self.slow
+        return int(library.cuda_copy(function, stream, words.buffer_info()[0], len(pieces)))
 
 
 class NativeMapper:

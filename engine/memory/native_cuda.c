@@ -57,6 +57,15 @@ static uint64_t cuda_room(void *context) {
     return free > cuda->margin_bytes ? (free - cuda->margin_bytes) / cuda->chunk_bytes : 0;
 }
 
+// Copies, three words each: target, source, bytes. In order on a stream, up to one that is refused: its code.
+int cuda_copy(int (*copy)(uint64_t target, uint64_t source, size_t bytes, void *stream), void *stream,
+              const uint64_t *words, uint64_t count) {
+    int code = 0;
+    for (const uint64_t *end = words + 3 * count; words < end && !code; words += 3)
+        code = copy(words[0], words[1], words[2], stream);
+    return code;
+}
+
 void cuda_fill(struct cuda *cuda, struct calls *calls) {
     *calls = (struct calls){cuda,        cuda_enter, cuda_create,  cuda_map,
                             cuda_access, cuda_unmap, cuda_release, cuda_room};

@@ -16,10 +16,13 @@ import torch
 from engine.config import Mode
 from engine.errors import ConfigError, ConservationError, DriverError
 from engine.memory.arena import ActivationArena, BufferSpec
+from engine.memory.balloon import Balloon
 from engine.memory.blocks import Match, Opened, TokenChain, Tokens
 from engine.memory.chunks import ChunkPool
+from engine.memory.copies import Copies
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.kv_slots import KvSlots
+from engine.memory.parking import Backing, Parking
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
 from engine.memory.warm_chunks import Place
@@ -67,6 +70,7 @@ class MemoryPool:
         self._vm = vm
         self._mode = mode
         self._step_chunks = 0
+        self._step = 1, 1
         self.chunks = ChunkPool(vm, total)
         if mode != "elastic":
             self.chunks.create_all()
@@ -83,6 +87,11 @@ class MemoryPool:
         self._slots = KvSlots(self.kv, self.chunks, caches_prefixes, is_static=mode == "static")
         self.prefixes = self._slots.prefixes
         self._kv_tokens = [0] * self.kv.num_slots
+        self.parking: Parking | None = None
+
+    def add_balloon(self, balloon: Balloon, copies: Copies) -> None:
+        """From now on sequences can be parked in host memory."""
+        self.parking = Parking(self.kv, self._slots, self.chunks, balloon, copies, self._back_returning)
 
     @property
     def num_free_slots(self) -> int:
@@ -112,7 +121,8 @@ class MemoryPool:
             spare = min(spare, 0)
         else:
             spare = min(spare, max(0, self.arena.num_backed - self._floor))
-        return self.chunks.num_free + self._slots.num_evictable + spare
+        idle = self.parking.num_idle if self.parking else 0
+        return self.chunks.num_free + self._slots.num_evictable + idle + spare
 
     def fits_step(self, num_tokens: int, num_rows: int) -> bool:
         """Whether a step of that size could run now if KV stayed as it is."""
@@ -157,6 +167,47 @@ class MemoryPool:
         self._kv_tokens[slot] = 0
         self._slots.close(slot, chain, tokens)
 
+    def park(self, slot: int, backing: Backing, num_tokens: int, num_chunks: int) -> bool:
+        """Begin to move a live sequence of so many tokens off the device; False if it cannot be."""
+        if self.parking is None or not self.parking.park(backing, slot, num_tokens, num_chunks):
+            return False
+        self._kv_tokens[slot] = 0
+        return True
+
+    def bring_back(self, backing: Backing, num_reserved: int) -> bool:
+        """Begin to bring a parked sequence back, if so many chunks of room are left beside it."""
+        if self.parking is None or self.num_lacking(backing, num_reserved) > 0:
+            return False
+        return self.parking.bring_back(backing)
+
+    def num_lacking(self, backing: Backing, num_reserved: int) -> int:
+        """Chunks that there is too little room for a parked sequence to come back; negative if there is more."""
+        if self.parking is None:
+            return 0
+        room = self.room_for_kv(*self._step) - self.parking.num_idle_of(backing)
+        return self.parking.num_to_bring(backing) + num_reserved - room
+
+    def discard(self, backing: Backing) -> tuple[int | None, int]:
+        """A sequence gives up what it has in the balloon; the slot that a parked one still has, to be closed,
+        and the tokens whose KV is there.
+        """
+        if self.parking is not None:
+            self.parking.discard(backing)
+        slot, backing.slot = backing.slot, None
+        return slot, backing.first * self.kv.geometry.tokens_per_chunk
+
+    def returned(self, backing: Backing, chain: TokenChain, num_tokens: int) -> int:
+        """A sequence that was brought back has arrived, with KV of so many tokens; its slot."""
+        slot = backing.slot
+        if slot is None or self.parking is None:
+            raise ConservationError("a sequence came back into no slot")
+        backing.slot = None
+        self._kv_tokens[slot] = num_tokens
+        self.prefixes.computed(slot, num_tokens)
+        self.prefixes.known(slot, chain)
+        self.parking.forget_tail(backing, num_tokens // self.kv.geometry.tokens_per_chunk)
+        return slot
+
     def reserve(self, growth: Sequence[tuple[int, int]], num_tokens: int, num_rows: int) -> bool:
         """Back everything a step needs, or nothing.
 
@@ -173,11 +224,12 @@ class MemoryPool:
             wanted += self.kv.missing(slot, tokens)
         if len(wanted) - len(arena_rows) > self.room_for_kv(num_tokens, num_rows):
             return False
-        if wanted and not self._back(wanted, num_tokens, num_rows):
+        if wanted and not self._back(wanted, self.arena.chunks_for(num_tokens, num_rows)):
             return False
         for slot, tokens in growth:
             self.kv.grown(slot, tokens)
             self._kv_tokens[slot] = tokens
+        self._step = num_tokens, num_rows
         self._step_chunks = self.arena.chunks_for(num_tokens, num_rows)
         return True
 
@@ -248,6 +300,7 @@ class MemoryPool:
             guard=chunks.num_owned("guard"),
             retiring=chunks.num_retiring,
             warm=chunks.num_warm,
+            balloon=self.parking.balloon.num_used if self.parking else 0,
             created=chunks.num_created,
             kv_tokens=sum(self._kv_tokens),
             driver_calls=self._vm.num_calls,
@@ -258,11 +311,14 @@ class MemoryPool:
         """Raise ConservationError if a chunk is lost or counted twice, or the counts disagree."""
         self.chunks.check()
         self.prefixes.check()
+        if self.parking is not None:
+            self.parking.check()
         now = self.snapshot()
         if now.free + now.kv + now.cached + now.activation + now.guard + now.retiring != now.total:
             raise ConservationError(f"free + owned + retiring != total: {now}")
 
-    def _back(self, wanted: Sequence[tuple[VirtualTensor, int]], num_tokens: int, num_rows: int) -> bool:
+    def _back(self, wanted: Sequence[tuple[VirtualTensor, int]], num_used: int) -> bool:
+        """Back all of that or nothing. The arena keeps the `num_used` lowest chunks it has."""
         if any(tensor.is_awaited(row) for tensor, row in wanted):
             self.chunks.receive(wait=True)
         adopted = [(tensor, row) for tensor, row in wanted if tensor.can_adopt(row)]
@@ -271,7 +327,7 @@ class MemoryPool:
             return False  # a shared chunk is still being read where the new one has to go
         for tensor, row in adopted:
             tensor.adopt(row)
-        self._make_room(len(empty), num_tokens, num_rows)
+        self._make_room(len(empty), num_used)
         if self._map(empty):
             return True
         for tensor, row in adopted:
@@ -279,11 +335,16 @@ class MemoryPool:
         self.chunks.settle()
         return False
 
-    def _make_room(self, num_chunks: int, num_tokens: int, num_rows: int) -> None:
+    def _back_returning(self, wanted: Sequence[tuple[VirtualTensor, int]]) -> bool:
+        return self._back(wanted, self._step_chunks)
+
+    def _make_room(self, num_chunks: int, num_used: int) -> None:
         """Let so many chunks become free, from the arena's idle tail first."""
         short = num_chunks - self.chunks.num_spare
-        short -= self._shrink_arena(short, self.arena.chunks_for(num_tokens, num_rows))
+        short -= self._shrink_arena(short, num_used)
         self._slots.evict(short)
+        if self.parking is not None:
+            self.parking.evict(num_chunks - self.chunks.num_free)
 
     def _shrink_arena(self, num_chunks: int, num_used: int) -> int:
         """Take up to so many chunks from the arena's tail behind the `num_used` lowest; how many it were."""

@@ -233,6 +233,28 @@ class PrefixCache:
         self._touch(number)
         return len(slot.blocks)
 
+    def num_kept(self, number: int) -> int:
+        """Leading blocks of a live slot that stay where they are if its sequence is parked: others read them."""
+        slot = self._slots[number]
+        read = [index for index, block in enumerate(slot.blocks) if block.users > 1]
+        return max(slot.shared, slot.num_read(self._per_block), read[-1] + 1 if read else 0)
+
+    def park(self, number: int) -> None:
+        """The sequence of a live slot leaves the device. What only it reads is taken out of the slot, and
+        found by nobody; `computed` and `known` put it back in.
+        """
+        slot, keep = self._slots[number], self.num_kept(number)
+        for block in slot.blocks[keep:]:
+            self._unuse(block)
+        self._cut(number, keep)
+        slot.num_ready, slot.num_known = min(slot.num_ready, keep), min(slot.num_known, keep)
+
+    def abandon(self, number: int) -> None:
+        """End the slot of a parked sequence that has nothing in it."""
+        slot = self._slots.pop(number)
+        if slot.blocks or slot.readers or slot.copiers or slot.source is not None or slot.is_closed:
+            raise ConservationError(f"slot {number} is in use and cannot be abandoned")
+
     def shrink(self, number: int, num_blocks: int) -> tuple[int, int]:
         """Give up a closed slot's last blocks until `num_blocks` more are nobody's, or the others must stay.
 

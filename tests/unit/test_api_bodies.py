@@ -73,7 +73,11 @@ WRONG_ANYWHERE: list[tuple[dict[str, Any], str | None]] = [
     ({"web_search_options": {}}, "web_search_options"),
     ({"prediction": {"type": "content"}}, "prediction"),
     ({"guided_json": {}}, "guided_json"),
-    ({"priority": 1}, "priority"),
+    ({"priority": 1001}, "priority"),
+    ({"priority": -1001}, "priority"),
+    ({"priority": 0.5}, "priority"),
+    ({"priority": "1"}, "priority"),
+    ({"priority": True}, "priority"),
     ({"length_penalty": True}, "length_penalty"),
     ({"store": True}, "store"),
     ({"cache_salt": ""}, "cache_salt"),
@@ -189,6 +193,7 @@ NEUTRAL: dict[str, Any] = {
     "stream_options": None,
     "cache_salt": None,
     "prompt_cache_key": "k",
+    "priority": None,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,19 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import ServeFile, ServingArgs, load, to_engine_config, validate
+from cluster.config import (
+    EngineKwargs,
+    MemorySection,
+    ServeFile,
+    ServingArgs,
+    SloSection,
+    load,
+    to_engine_config,
+    validate,
+)
 from cluster.config_ingress import IngressSection
-from cluster.config_values import parse_bytes
-from engine.config import EngineConfig, MemoryConfig, ModelSource
+from cluster.config_values import Section, parse_bytes
+from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig, SloConfig
 from engine.errors import ConfigError
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -51,7 +61,7 @@ def test_settings_in_comments_are_valid_too(
     text, num_settings = re.subn(r"^( +)# (\w+: )", r"\1\2", path.read_text(), flags=re.MULTILINE)
     (tmp_path / "file.yaml").write_text(text)
     assert load(tmp_path / "file.yaml").applications
-    assert num_settings == (7 if path.name == "one-node.yaml" else 0)
+    assert num_settings == (12 if path.name == "one-node.yaml" else 0)
 
 
 def test_defaults_are_the_engines_own() -> None:
@@ -69,6 +79,10 @@ def test_every_engine_field_arrives() -> None:
         "max_prefill_tokens": 128,
         "max_overtaken": 0,
         "max_num_queued_reqs": 5,
+        "policy": "fcfs",
+        "turn_tokens": 16,
+        "deposit": False,
+        "on_overload": "shed",
         "enable_prefix_caching": False,
         "dtype": "float16",
         "load_format": "dummy",
@@ -83,10 +97,13 @@ def test_every_engine_field_arrives() -> None:
         "margin_bytes": 7,
         "map_ahead_tokens": 0,
         "trim_after_s": 60,
+        "balloon_bytes": "64GiB",
+        "balloon_slab_bytes": "1GiB",
     }
+    slo = {"ttft_ms": 500, "tpot_ms": 25.5}
     loading = {"model_id": "m", "model_source": "a/b", "tokenizer_source": "c/d"}
-    args = validate(ServingArgs, _args(model_loading_config=loading, engine_kwargs=kwargs, memory=memory))
-    engine = to_engine_config(args.llm_configs[0], "cuda")
+    llm = _args(model_loading_config=loading, engine_kwargs=kwargs, memory=memory, slo=slo)
+    engine = to_engine_config(validate(ServingArgs, llm).llm_configs[0], "cuda")
     assert engine.model == ModelSource("m", "a/b", "c/d", "dummy", "float16", 9)
     assert (engine.device, engine.max_model_len, engine.num_threads) == ("cuda", 100, 2)
     scheduler = engine.scheduler
@@ -94,6 +111,8 @@ def test_every_engine_field_arrives() -> None:
     assert (scheduler.prefill_piece_tokens, scheduler.max_num_queued_reqs) == (32, 5)
     assert scheduler.prefill_spread_steps == 2
     assert (scheduler.max_prefill_tokens, scheduler.largest_step, scheduler.max_overtaken) == (128, 128, 0)
+    assert (scheduler.policy, scheduler.turn_tokens) == ("fcfs", 16)
+    assert (scheduler.deposit, scheduler.on_overload) == (False, "shed")
     assert (engine.memory.mode, engine.memory.pool_bytes, engine.memory.chunk_bytes) == (
         "virtual",
         2**30,
@@ -102,12 +121,42 @@ def test_every_engine_field_arrives() -> None:
     assert (engine.memory.layers_per_group, engine.memory.margin_bytes) == (2, 7)
     assert not engine.memory.enable_prefix_caching
     assert (engine.memory.map_ahead_tokens, engine.memory.trim_after_s) == (0, 60.0)
+    assert (engine.memory.balloon_bytes, engine.memory.balloon_slab_bytes) == (64 * 2**30, 2**30)
+    assert engine.slo == SloConfig(500.0, 25.5)
+
+
+@pytest.mark.parametrize(
+    ("sections", "config"),
+    [
+        ((EngineKwargs,), SchedulerConfig),
+        ((MemorySection, EngineKwargs), MemoryConfig),  # prefix caching is where vLLM has it
+        ((SloSection,), SloConfig),
+    ],
+    ids=["scheduler", "memory", "slo"],
+)
+def test_every_engine_field_has_a_key(sections: tuple[type[Section], ...], config: type) -> None:
+    keys = {key for section in sections for key in section.model_fields}
+    assert [field.name for field in fields(config) if field.name not in keys] == []
 
 
 def test_trimming_can_be_off() -> None:
     assert MemoryConfig().trim_after_s is not None
     args = validate(ServingArgs, _args(memory={"trim_after_s": None}))
     assert to_engine_config(args.llm_configs[0], "cpu").memory.trim_after_s is None
+
+
+def test_the_balloon_can_be_off_or_left_to_the_engine() -> None:
+    for written, size in ((0, 0), ("0", 0), ("0GiB", 0), (None, None)):
+        args = validate(ServingArgs, _args(memory={"balloon_bytes": written}))
+        assert to_engine_config(args.llm_configs[0], "cuda").memory.balloon_bytes == size
+
+
+def test_each_model_has_objectives_of_its_own() -> None:
+    args = _args(slo={"ttft_ms": 300})
+    args["llm_configs"] += [{"model_loading_config": {"model_id": "other"}}]
+    first, second = (to_engine_config(llm, "cpu").slo for llm in validate(ServingArgs, args).llm_configs)
+    assert first == SloConfig(ttft_ms=300.0)
+    assert second == SloConfig() != first
 
 
 def test_a_dumped_file_is_the_same_file() -> None:
@@ -159,6 +208,24 @@ def test_all_faults_are_named_at_once() -> None:
         ({"memory": {"enable_prefix_caching": True}}, "enable_prefix_caching: belongs into engine_kwargs"),
         ({"engine_kwargs": {"enable_prefix_caching": "yes"}}, "should be a valid boolean, not 'yes'"),
         ({"engine_kwargs": {"max_prefill_tokens": 8}}, "(8) must be at least max_num_batched_tokens (2048)"),
+        ({"memory": {"balloon_bytes": -1}}, "memory.balloon_bytes must be at least 0, not -1"),
+        ({"memory": {"balloon_bytes": "off"}}, "memory.balloon_bytes: 'off' is no size; write bytes"),
+        ({"memory": {"balloon_slab_bytes": 0}}, "memory.balloon_slab_bytes must be positive, not 0"),
+        ({"memory": {"turn_tokens": 8}}, "memory.turn_tokens: belongs into engine_kwargs"),
+        ({"engine_kwargs": {"balloon_bytes": "1GiB"}}, "engine_kwargs.balloon_bytes: belongs into memory"),
+        ({"engine_kwargs": {"swap_space": 4}}, "memory.balloon_bytes is the host memory that KV may move to"),
+        ({"engine_kwargs": {"scheduling_policy": "priority"}}, "use engine_kwargs.policy"),
+        ({"engine_kwargs": {"policy": "edf"}}, "policy: should be 'slo' or 'fcfs', not 'edf'"),
+        ({"engine_kwargs": {"on_overload": "drop"}}, "should be 'queue' or 'shed', not 'drop'"),
+        ({"engine_kwargs": {"turn_tokens": 0}}, "turn_tokens: should be greater than 0, not 0"),
+        ({"engine_kwargs": {"deposit": "yes"}}, "deposit: should be a valid boolean, not 'yes'"),
+        ({"engine_kwargs": {"tpot_ms": 50}}, "engine_kwargs.tpot_ms: belongs into slo"),
+        ({"slo": {"ttft": 500}}, "slo.ttft: unknown key; did you mean ttft_ms?"),
+        ({"slo": {"ttft_ms": 0}}, "slo.ttft_ms: should be greater than 0, not 0"),
+        ({"slo": {"ttft_ms": "2s"}}, "slo.ttft_ms: should be a valid number, not '2s'"),
+        ({"slo": {"tpot_ms": float("inf")}}, "slo.tpot_ms: should be a finite number, not inf"),
+        ({"slo": {"tpot_ms": float("nan")}}, "slo.tpot_ms: should be a finite number, not nan"),
+        ({"slo": 500}, "slo: must be a mapping of keys to values"),
         ({"engine_kwargs": {"enable_prompt_tokens_details": True}}, "is always on; remove the key"),
         (
             {"model_loading_config": {"model_id": "m", "model_source": "$NO_SUCH_VAR/m"}},

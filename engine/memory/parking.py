@@ -1,0 +1,371 @@
+"""Sequences that give their place on the device to others for a while, and come back (LayerKV 3.2, eLLM 4.3).
+
+KV is append-only, so a row of a slot that is full never changes: its copy in the balloon stays valid, and
+may be made ahead, while the link has nothing else to do (*write-through*). A sequence that is parked has
+every row in the balloon that nobody else reads; what of them is still on the device as well is a matter of
+room alone, layer group by layer group. Groups that have left are brought back, into the slot it kept or
+into another one, before the sequence computes again. All bytes come back as they were: what a sequence
+says does not depend on whether it was parked.
+
+Rows are let go of when their copy has ended, never before, so nothing is unmapped under a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.errors import ConservationError, DriverError
+from engine.memory.balloon import Balloon
+from engine.memory.chunks import ChunkPool
+from engine.memory.copies import Copies, Direction, Ticket
+from engine.memory.kv_cache import KvCache
+from engine.memory.kv_slots import KvSlots
+from engine.memory.virtual_tensor import VirtualTensor
+
+logger = logging.getLogger(__name__)
+
+Back = Callable[[Sequence[tuple[VirtualTensor, int]]], bool]
+
+
+@dataclass(slots=True, eq=False)
+class Backing:
+    """What of one sequence's KV is in the balloon, and, while it is parked, what is not on the device.
+
+    Attributes:
+        begin: first row that `rows` has.
+        rows: host chunks of the rows from `begin` on, one a layer group.
+        slot: of a parked sequence, if it keeps one.
+        first, end: rows of a parked sequence that may leave the device.
+        absent: layer groups that have left.
+        num_to_leave: layer groups that will leave once `leaving` has ended.
+        coming: the copy that brings it back.
+        has_failed: the copy to the balloon was refused, and it is still where it was.
+        is_lost: the copy back was refused, and what its slot holds is not its KV.
+    """
+
+    begin: int = 0
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    slot: int | None = None
+    first: int = 0
+    end: int = 0
+    absent: set[int] = field(default_factory=set)
+    num_to_leave: int = 0
+    is_parked: bool = False
+    is_leaving: bool = False
+    coming: Ticket | None = None
+    has_failed: bool = False
+    is_lost: bool = False
+
+    @property
+    def saved_until(self) -> int:
+        """The row up to which the balloon has everything from `begin` on."""
+        return self.begin + len(self.rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a parked sequence that may leave the device."""
+        return self.end - self.first
+
+
+@dataclass(slots=True)
+class _Out:
+    """A copy to the balloon that is under way."""
+
+    ticket: Ticket
+    backing: Backing
+    slot: int
+    rows: list[tuple[int, ...]]
+
+
+class Parking:
+    """Moves KV of whole sequences between the device and the balloon.
+
+    Args:
+        kv, slots, chunks: of the pool.
+        balloon: host memory.
+        copies: the link.
+        back: backs rows, or none of them, with whatever can be given up for them.
+    """
+
+    def __init__(
+        self,
+        kv: KvCache,
+        slots: KvSlots,
+        chunks: ChunkPool,
+        balloon: Balloon,
+        copies: Copies,
+        back: Back,
+    ) -> None:
+        self._kv = kv
+        self._slots = slots
+        self._chunks = chunks
+        self.balloon = balloon
+        self.copies = copies
+        self._back = back
+        self._groups = kv.geometry.num_groups
+        # LayerKV 3.2.1: every other group goes first, so that those that stay lie between those that left.
+        self._order = [*range(0, self._groups, 2), *range(1, self._groups, 2)]
+        self._outs: deque[_Out] = deque()
+        self._parked: list[Backing] = []  # settled, and not on their way back; the last is evicted first
+        self._saved: set[Backing] = set()
+        self.num_leaving = 0
+        self.num_idle = 0
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a copy is under way to the balloon."""
+        return bool(self._outs)
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes under way to the balloon."""
+        return sum(len(out.rows) for out in self._outs) * self._groups * self.balloon.chunk_bytes
+
+    def num_host_chunks(self, backing: Backing, begin: int, end: int) -> int:
+        """Host chunks that the balloon lacks to hold these rows."""
+        return max(0, end - max(begin, backing.saved_until)) * self._groups
+
+    def save(self, backing: Backing, slot: int, begin: int, end: int) -> int:
+        """Begin to copy full rows of a live slot to the balloon, those that are not there; how many."""
+        if any(out.backing is backing for out in self._outs):
+            return 0
+        if not backing.begin <= begin <= backing.saved_until:
+            self._forget(backing)
+            backing.begin = begin
+        return self._copy_out(backing, slot, end) or 0
+
+    def park(self, backing: Backing, slot: int, num_tokens: int, num_chunks: int) -> bool:
+        """Begin to move a live sequence off the device. It must not be in a step from now on.
+
+        Args:
+            num_tokens: whose KV is in the slot, or will be when the launched steps have ended.
+            num_chunks: how many to free; whole layer groups leave.
+
+        Returns:
+            False if the balloon has no room for it: nothing has changed.
+        """
+        self._wait_for(backing)
+        end = self._kv.geometry.rows_for(num_tokens)
+        keep = self._slots.prefixes.num_kept(slot)
+        if keep >= end:
+            return False  # others read all of it
+        if not backing.begin <= keep <= backing.saved_until:
+            self._forget(backing)
+            backing.begin = keep
+        if self._copy_out(backing, slot, end) is None:
+            return False
+        self._kv.cut(slot, end)
+        self._slots.prefixes.park(slot)
+        backing.slot, backing.first, backing.end = slot, keep, end
+        backing.is_parked = backing.is_leaving = True
+        backing.num_to_leave = min(self._groups, -(-num_chunks // (end - keep)))
+        self.num_leaving += backing.num_to_leave * backing.num_rows
+        if backing.saved_until == end:
+            self._left(backing)
+        return True
+
+    def settle(self) -> None:
+        """Take in what has ended: rows whose copy is made, memory that can be let go of."""
+        while self._outs and self._outs[0].ticket.is_done:
+            self._out_ended(self._outs.popleft())
+
+    def wait(self) -> None:
+        """Wait for the oldest copy to the balloon."""
+        if self._outs:
+            self._out_ended(self._outs.popleft())
+
+    def num_idle_of(self, backing: Backing) -> int:
+        """Chunks of a parked sequence that are on the device, and could be had by others."""
+        return 0 if backing.is_leaving else (self._groups - len(backing.absent)) * backing.num_rows
+
+    def num_to_bring(self, backing: Backing) -> int:
+        """Chunks that a parked sequence lacks on the device."""
+        return len(backing.absent) * backing.num_rows
+
+    def bring_back(self, backing: Backing) -> bool:
+        """Begin to copy a parked sequence back; False if there is no room, or no slot, for it now."""
+        if backing.is_leaving:
+            return False
+        self._parked.remove(backing)
+        self.num_idle -= self.num_idle_of(backing)
+        has_slot = backing.slot is not None
+        slot = backing.slot if backing.slot is not None else self._slots.occupy(backing.end)
+        if slot is None or not self._fetch(backing, slot):
+            if slot is not None and not has_slot:
+                self._slots.abandon(slot)
+            self._stays(backing)
+            return False
+        backing.slot = slot
+        return True
+
+    def is_back(self, backing: Backing) -> bool:
+        """Whether a sequence that was brought back is wholly on the device again, or `is_lost`."""
+        if backing.coming is None or not backing.coming.is_done:
+            return False
+        self._arrive(backing)
+        return True
+
+    @staticmethod
+    def wait_back(backing: Backing) -> None:
+        """Wait until a sequence that was brought back has arrived; `is_back` says how that ended."""
+        if backing.coming is not None:
+            with contextlib.suppress(DriverError):
+                backing.coming.wait()
+
+    def evict(self, num_chunks: int) -> None:
+        """Let layer groups of parked sequences go that are still on the device, until so many are free."""
+        for backing in self._parked[::-1]:
+            if num_chunks <= 0:
+                break
+            count = min(self._groups - len(backing.absent), -(-num_chunks // backing.num_rows))
+            self._drop_groups(backing, count)
+            self.num_idle -= count * backing.num_rows
+            num_chunks -= count * backing.num_rows
+            self._leave_slot(backing)
+        self._chunks.settle()
+
+    def discard(self, backing: Backing) -> None:
+        """The sequence has ended, or lost its KV: nothing of it is in the balloon or in a copy any more.
+
+        The slot it may still keep is the caller's to close.
+        """
+        self._wait_for(backing)
+        if backing.coming is not None:
+            self._arrive(backing)
+        if backing in self._parked:
+            self._parked.remove(backing)
+            self.num_idle -= self.num_idle_of(backing)
+        backing.is_parked = backing.has_failed = backing.is_lost = False
+        backing.absent = set()
+        self._forget(backing)
+
+    def check(self) -> None:
+        """Raise ConservationError unless every host chunk in use is one sequence's, and the counts agree."""
+        self.balloon.check()
+        used = sum(len(backing.rows) for backing in self._saved) + sum(len(out.rows) for out in self._outs)
+        if used * self._groups != self.balloon.num_used:
+            raise ConservationError(f"{used} rows are in the balloon, and {self.balloon.num_used} chunks used")
+        idle = sum(map(self.num_idle_of, self._parked))
+        leaving = sum(out.backing.num_to_leave * out.backing.num_rows for out in self._outs if out.backing.is_leaving)
+        if (idle, leaving) != (self.num_idle, self.num_leaving):
+            raise ConservationError(f"parked: {idle} idle, {leaving} leaving; {self.num_idle}, {self.num_leaving} counted")
+
+    def _copy_out(self, backing: Backing, slot: int, end: int) -> int | None:
+        """Begin to copy rows up to `end` that the balloon lacks; how many, None if it has no room."""
+        begin = backing.saved_until
+        if end <= begin:
+            return 0
+        host = self.balloon.take((end - begin) * self._groups)
+        if host is None:
+            return None
+        rows = [tuple(host[at : at + self._groups]) for at in range(0, len(host), self._groups)]
+        first = self._kv.first_row(slot)
+        # Group after group, as they lie in address space on the device.
+        pairs = [
+            (self.balloon.address_of(rows[row - begin][group]), tensor.address_of(first + row))
+            for group, tensor in enumerate(self._kv.tensors)
+            for row in range(begin, end)
+        ]
+        targets, sources = zip(*pairs, strict=True)
+        ticket = self.copies.submit(Direction.OUT, targets, sources, after_steps=True)
+        self._outs.append(_Out(ticket, backing, slot, rows))
+        return len(rows)
+
+    def _out_ended(self, out: _Out) -> None:
+        backing = out.backing
+        try:
+            out.ticket.wait()
+        except DriverError as error:
+            logger.warning("KV was not copied to the host, and stays where it is: %s", error)
+            self._put_back(out.rows)
+            if backing.is_leaving:
+                self.num_leaving -= backing.num_to_leave * backing.num_rows
+                backing.num_to_leave, backing.is_leaving, backing.has_failed = 0, False, True
+            return
+        backing.rows += out.rows
+        self._saved.add(backing)
+        if backing.is_leaving:
+            self._left(backing)
+
+    def _left(self, backing: Backing) -> None:
+        """Everything of a parked sequence is in the balloon: let the groups go that are to leave."""
+        count, backing.num_to_leave, backing.is_leaving = backing.num_to_leave, 0, False
+        self.num_leaving -= count * backing.num_rows
+        self._drop_groups(backing, count)
+        self._stays(backing)
+        self._leave_slot(backing)
+        self._chunks.settle()
+
+    def _stays(self, backing: Backing) -> None:
+        self._parked.append(backing)
+        self.num_idle += self.num_idle_of(backing)
+
+    def _drop_groups(self, backing: Backing, count: int) -> None:
+        if backing.slot is None:
+            return
+        present = [group for group in self._order if group not in backing.absent]
+        for group in present[:count]:
+            self._kv.leave(backing.slot, group, backing.first)
+            backing.absent.add(group)
+
+    def _leave_slot(self, backing: Backing) -> None:
+        """With nothing on the device, its slot is better had by others: what is mapped there is used again."""
+        if backing.slot is not None and not backing.first and len(backing.absent) == self._groups:
+            self._slots.abandon(backing.slot)
+            backing.slot = None
+
+    def _fetch(self, backing: Backing, slot: int) -> bool:
+        places = self._kv.absent(slot)
+        if backing.slot is None:
+            rows = self._kv.first_row(slot)
+            places = [(tensor, rows + row) for tensor in self._kv.tensors for row in range(backing.end)]
+        # What still waits for a step to end may be backed at once, but not be written by another stream.
+        after_steps = self._chunks.num_retiring > 0
+        if not self._back(places):
+            return False
+        groups = sorted(backing.absent)
+        host = [
+            backing.rows[row - backing.begin][group]
+            for group in groups
+            for row in range(backing.first, backing.end)
+        ]
+        targets = [tensor.address_of(row) for tensor, row in places]
+        sources = [self.balloon.address_of(chunk) for chunk in host]
+        backing.coming = self.copies.submit(Direction.IN, targets, sources, after_steps)
+        if backing.slot is None:
+            self._kv.grown(slot, backing.end * self._kv.geometry.tokens_per_chunk)
+        self._kv.returned(slot)
+        backing.absent = set()
+        return True
+
+    def _arrive(self, backing: Backing) -> None:
+        ticket, backing.coming = backing.coming, None
+        backing.is_parked = False
+        if ticket is not None:
+            try:
+                ticket.wait()
+            except DriverError as error:
+                logger.warning("KV was not copied back, and is computed again: %s", error)
+                backing.is_lost = True
+
+    def _wait_for(self, backing: Backing) -> None:
+        while any(out.backing is backing for out in self._outs):
+            self.wait()
+
+    def _forget(self, backing: Backing, begin: int = 0) -> None:
+        """Give up the host copies of a sequence's rows from the `begin`th that it has there on."""
+        self._put_back(backing.rows[begin:])
+        del backing.rows[begin:]
+        if not backing.rows:
+            self._saved.discard(backing)
+
+    def forget_tail(self, backing: Backing, num_rows: int) -> None:
+        """A sequence that is back writes on: of its rows only the first `num_rows` stay as they are."""
+        self._forget(backing, max(0, num_rows - backing.begin))
+
+    def _put_back(self, rows: Sequence[tuple[int, ...]]) -> None:
+        self.balloon.put_back([chunk for row in rows for chunk in row])

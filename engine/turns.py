@@ -1,0 +1,194 @@
+"""Who is on the device and who waits in the balloon, so that first and next tokens keep their deadlines.
+
+Sequences take turns. One that is ahead of its client can wait for a while; it is parked when a waiting
+prompt lacks memory, or when another that is parked is further behind. What counts is the *runway*: the
+time until the client, at the pace it was promised, has had everything that was generated for it. Prompts
+are let in at the cost of running sequences as long as these can still keep their mean time per token:
+LayerKV's bound (section 3.1, Eq. 1), with what finished requests have generated as the forecast.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence as Sequences
+
+from engine.config import SchedulerConfig
+from engine.memory.pool import MemoryPool
+from engine.sequence import Sequence, State
+
+_REMEMBERED = 64  # finished requests that the forecast of an answer's length is made from
+_ENOUGH = 8  # of them; until then half of what a request may generate is expected
+_SMOOTHING = 0.1  # of the time between two steps
+
+
+class Turns:
+    """Parks sequences and brings them back. Owns those that are parked.
+
+    Args:
+        config: `policy` and `turn_tokens`.
+        pool: the one door to memory.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: MemoryPool) -> None:
+        self._takes_turns = config.policy == "slo"
+        self._turn_tokens = config.turn_tokens
+        self._pool = pool
+        self._parked: list[Sequence] = []
+        self._returning: Sequence | None = None
+        self._lengths: deque[int] = deque(maxlen=_REMEMBERED)
+        self._step_s = 0.0
+        self._last_s: float | None = None
+        self.num_parkings = 0
+
+    @property
+    def parked(self) -> Sequences[Sequence]:
+        """Sequences off the device, those on their way back included."""
+        return self._parked
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a copy will change what there is room for, or who can compute."""
+        parking = self._pool.parking
+        return self._returning is not None or (parking is not None and parking.is_moving)
+
+    def tick(self, now_s: float, is_busy: bool) -> None:
+        """A step is being drafted."""
+        if self._last_s is not None and is_busy:
+            self._step_s += _SMOOTHING * (now_s - self._last_s - self._step_s)
+        self._last_s = now_s
+
+    def settle(self) -> list[Sequence]:
+        """Sequences that are on the device again or still, or whose KV could not be brought back (`is_lost`)."""
+        parking = self._pool.parking
+        if parking is None:
+            return []
+        parking.settle()
+        arrived = [seq for seq in self._parked if seq.backing.has_failed]
+        if self._returning is not None and parking.is_back(self._returning.backing):
+            arrived.append(self._returning)
+            self._returning = None
+        for seq in arrived:
+            self._parked.remove(seq)
+        return arrived
+
+    def wait(self) -> bool:
+        """Wait until a copy has ended; False if there is none."""
+        parking = self._pool.parking
+        if parking is None:
+            return False
+        if self._returning is not None:
+            parking.wait_back(self._returning.backing)
+            return True
+        if parking.is_moving:
+            parking.wait()
+            return True
+        return False
+
+    def park(self, seq: Sequence, num_chunks: int) -> bool:
+        """Begin to move a running sequence off the device, so that about so many chunks become free."""
+        if not self._pool.park(seq.held_slot, seq.backing, seq.num_computed, num_chunks):
+            return False
+        seq.move(State.PARKED)
+        seq.slot = None
+        self._parked.append(seq)
+        self.num_parkings += 1
+        return True
+
+    def forget(self, seq: Sequence) -> None:
+        """A parked sequence has ended, or will be computed again."""
+        if seq in self._parked:
+            self._parked.remove(seq)
+        if self._returning is seq:
+            self._returning = None
+
+    def finished(self, seq: Sequence) -> None:
+        """A request was answered in full: the forecast learns from its length."""
+        self._lengths.append(len(seq.output_token_ids))
+
+    def runway_s(self, seq: Sequence, now_s: float) -> float:
+        """Seconds until the client of a sequence waits for the next token, at the pace it was promised."""
+        if seq.first_token_s is None:
+            return 0.0
+        return seq.first_token_s + seq.num_outputs * seq.tpot_slo_s - now_s
+
+    def slack_s(self, seq: Sequence, now_s: float) -> float:
+        """Seconds a sequence may lose and still keep its mean time per token, by forecast."""
+        return self.runway_s(seq, now_s) + self._num_left(seq) * max(0.0, seq.tpot_slo_s - self._step_s)
+
+    def victims(self, now_s: float, running: Iterable[Sequence], lacking: int) -> list[tuple[Sequence, int]]:
+        """Running sequences to park, and the chunks each should free, for others to compute.
+
+        Args:
+            lacking: chunks that the next waiting request lacks; 0 if it does not wait for memory.
+        """
+        parking = self._pool.parking
+        if parking is None or not self._takes_turns:
+            return []
+        ahead = sorted(running, key=lambda seq: self.runway_s(seq, now_s), reverse=True)
+        if lacking > 0:
+            return self._for_prompts(now_s, ahead, lacking - parking.num_leaving)
+        if self._returning is None and not parking.num_leaving:
+            return self._for_next(now_s, ahead)
+        return []
+
+    def bring_back(self, now_s: float, lacking: int, num_running: int) -> None:
+        """Let the parked sequence that is furthest behind come back, if there is room for it.
+
+        A prompt that waits for memory goes first, unless the sequence's mean time per token is at stake.
+        """
+        if self._returning is not None or not self._parked:
+            return
+        seq = self._next(now_s)
+        if seq is None or (lacking > 0 and self._takes_turns and self.slack_s(seq, now_s) > 0):
+            return
+        if self._pool.bring_back(seq.backing, self._reserve(num_running)):
+            self._returning = seq
+
+    def bring_back_any(self, now_s: float) -> bool:
+        """Nothing else can go on: let any parked sequence come back that there is room for."""
+        for seq in sorted(self._parked, key=lambda seq: self.runway_s(seq, now_s)):
+            if self._returning is None and self._pool.bring_back(seq.backing, 0):
+                self._returning = seq
+                return True
+        return False
+
+    def _for_prompts(
+        self, now_s: float, ahead: Sequences[Sequence], lacking: int
+    ) -> list[tuple[Sequence, int]]:
+        chosen = []
+        for seq in ahead:
+            if lacking <= 0:
+                break
+            if self.slack_s(seq, now_s) > 0:
+                chosen.append((seq, lacking))
+                lacking -= self._pool.kv.num_own_chunks(seq.held_slot)
+        return chosen
+
+    def _for_next(self, now_s: float, ahead: Sequences[Sequence]) -> list[tuple[Sequence, int]]:
+        """The one that is furthest ahead, if that is a whole turn further than the parked one that is next."""
+        seq = self._next(now_s)
+        if seq is None or not ahead:
+            return []
+        turn_s = self._turn_tokens * ahead[0].tpot_slo_s
+        if self.runway_s(ahead[0], now_s) - self.runway_s(seq, now_s) < turn_s:
+            return []
+        lacking = self._pool.num_lacking(seq.backing, self._reserve(len(ahead)))
+        return [(ahead[0], lacking)] if lacking > 0 else []
+
+    def _next(self, now_s: float) -> Sequence | None:
+        settled = [seq for seq in self._parked if not seq.backing.is_leaving]
+        return min(settled, key=lambda seq: self.runway_s(seq, now_s), default=None)
+
+    def _reserve(self, num_running: int) -> int:
+        """Room to leave beside a sequence that comes back, for those that run to grow into."""
+        if not num_running:
+            return 0
+        groups = self._pool.kv.geometry.num_groups
+        return max(groups, self._pool.chunks.total // 100)
+
+    def _num_left(self, seq: Sequence) -> float:
+        """Tokens that a sequence is expected to generate yet."""
+        most = seq.sampling.max_tokens - seq.num_outputs
+        if len(self._lengths) < _ENOUGH:
+            return most / 2
+        return min(most, max(0.0, sum(self._lengths) / len(self._lengths) - seq.num_outputs))

@@ -1,0 +1,205 @@
+"""The real scheduler and the real pool in virtual time: hours of traffic without a GPU, the same every time.
+
+Only what takes time is simulated: steps, by a model of what a device needs for them, and copies, by the
+bandwidth of a link. Tokens mean nothing; lengths, memory and decisions are those of the engine that serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig, SloConfig
+from engine.core import Engine
+from engine.memory.arena import BufferSpec
+from engine.memory.balloon import Balloon
+from engine.memory.kv_cache import KvGeometry
+from engine.memory.pool import MemoryPool
+from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, SamplingParams, StepPlan, TokenDelta
+from engine.model.sampler import Sampled, SampleRow
+from engine.scheduler import Scheduler
+from engine.simulated import NullSlabs, NullVirtualMemory, SimulatedCopies, VirtualClock
+from tests.bench.step_watch import Gain
+
+GIB = 1 << 30
+_CHUNK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU, and a model's shape on it.
+
+    Attributes:
+        read_s: a step's least time: the weights are read once, and kernels are launched.
+        token_s: for each token of a step, in matrix products.
+        kv_read_s: for each token of a decode's context.
+        pair_s: for each pair of a prompt's token and one before it.
+        link_bytes_s: of copies, each way.
+    """
+
+    read_s: float
+    token_s: float
+    kv_read_s: float
+    pair_s: float
+    link_bytes_s: float
+
+    def step_s(self, plan: StepPlan) -> float:
+        """Seconds a step takes."""
+        decoded = sum(piece.start + 1 for piece in plan.pieces[: plan.num_decodes])
+        pairs = sum(
+            len(piece.token_ids) * (piece.start + len(piece.token_ids) / 2)
+            for piece in plan.pieces[plan.num_decodes :]
+        )
+        products = max(self.read_s, plan.num_tokens * self.token_s)
+        return products + decoded * self.kv_read_s + pairs * self.pair_s
+
+
+# Llama-3.1-8B in bf16 on an H100: 16 GB of weights at 3.0 TB/s beside 1.2 ms of launches; 600 TFLOP/s in
+# matrix products and 550 in attention; 128 KiB of KV a token at 2.95 TB/s; copies at 50 GiB/s (DESIGN.md 8).
+H100_8B = Device(6.6e-3, 16.1e9 / 600e12, 131072 / 2.95e12, 524288 / 550e12, 50 * GIB)
+
+
+class _Device:
+    """Implements `Runner` and `TokenSampler`: computes one step after another, and says token 1."""
+
+    def __init__(self, device: Device, clock: VirtualClock) -> None:
+        self._device = device
+        self._clock = clock
+        self.idle_at = 0.0
+        self.num_steps = 0
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        self.idle_at = max(self.idle_at, self._clock()) + self._device.step_s(plan)
+        self.num_steps += 1
+        return torch.empty(0)
+
+    def synchronize(self) -> None:
+        self._clock.advance_to(self.idle_at)
+
+    def launch(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> _Tokens:
+        return _Tokens(len(rows), self.idle_at, self._clock)
+
+
+class _Tokens:
+    def __init__(self, count: int, ready_at: float, clock: VirtualClock) -> None:
+        self._count = count
+        self._ready_at = ready_at
+        self._clock = clock
+
+    def wait(self) -> list[Sampled]:
+        self._clock.advance_to(self._ready_at)
+        return [Sampled(1)] * self._count
+
+
+def specs_8b() -> tuple[BufferSpec, ...]:
+    """Activations of Llama-3.1-8B: 0.8 GiB for 8,192 tokens."""
+    return (
+        BufferSpec("hidden", 4096, torch.bfloat16, "token"),
+        BufferSpec("residual", 4096, torch.bfloat16, "token"),
+        BufferSpec("gate_up", 28672, torch.bfloat16, "token", "mlp"),
+        BufferSpec("activated", 14336, torch.bfloat16, "token", "mlp"),
+        BufferSpec("logits", 128256, torch.bfloat16, "row", "head"),
+    )
+
+
+class SimulatedEngine:
+    """Implements `tests.bench.in_process.Stepper`.
+
+    Args:
+        pool_gib: device memory for KV and activations.
+        balloon_gib: host memory; 0 is none.
+        scheduler, slo, memory: of the engine.
+    """
+
+    steps_ahead = 1
+
+    def __init__(
+        self,
+        pool_gib: float,
+        balloon_gib: float = 0.0,
+        scheduler: SchedulerConfig | None = None,
+        slo: SloConfig | None = None,
+        memory: MemoryConfig | None = None,
+        max_model_len: int = 16_384,
+        device: Device = H100_8B,
+    ) -> None:
+        scheduler = scheduler or SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192)
+        memory = memory or MemoryConfig(enable_prefix_caching=False)
+        config = EngineConfig(
+            ModelSource("simulated", "nowhere"), memory, scheduler, slo=slo or SloConfig()
+        )
+        self.clock = VirtualClock()
+        self.device = _Device(device, self.clock)
+        geometry = KvGeometry.choose(32, 8, 128, 2, _CHUNK_BYTES, None, 128)
+        total = int(pool_gib * GIB) // _CHUNK_BYTES
+        self.pool = MemoryPool(
+            NullVirtualMemory(_CHUNK_BYTES),
+            total,
+            memory.mode,
+            geometry,
+            specs_8b(),
+            scheduler.max_num_seqs,
+            max_model_len,
+            scheduler.largest_step,
+            torch.bfloat16,
+            num_slots=4 * scheduler.max_num_seqs,
+            caches_prefixes=memory.enable_prefix_caching,
+        )
+        self.copies = SimulatedCopies(
+            _CHUNK_BYTES, self.clock, device.link_bytes_s, lambda: self.device.idle_at
+        )
+        if balloon_gib:
+            self.pool.add_balloon(_balloon(balloon_gib), self.copies)
+        info = EngineInfo("simulated", "none", "bfloat16", max_model_len, 1 << 20, (0,), 0, 0, 0, 0, 0.0)
+        self.scheduler = Scheduler(scheduler, self.pool, max_model_len, (0,), self.clock)
+        self.engine = Engine(
+            config,
+            info,
+            self.pool,
+            self.scheduler,
+            self.device,
+            self.device,
+            self._publish,
+            self.clock,
+            self.steps_ahead,
+        )
+        self._gains: list[Gain] = []
+        self.slo: tuple[float | None, float | None] = (None, None)
+
+    def submit(self, request_id: str, prompt: list[int], output_tokens: int) -> None:
+        sampling = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+        self.engine.submit(GenerateRequest(request_id, tuple(prompt), sampling))
+
+    def step(self) -> bool:
+        return self.engine.step()
+
+    def gains(self) -> list[Gain]:
+        gains, self._gains = self._gains, []
+        return gains
+
+    @property
+    def num_running(self) -> int:
+        return self.engine.snapshot.num_running
+
+    @property
+    def snapshot(self) -> EngineSnapshot:
+        return self.engine.snapshot
+
+    def _publish(self, deltas: Sequence[TokenDelta]) -> None:
+        now = self.clock()
+        for delta in deltas:
+            error = delta.error or "cancelled" if delta.finish_reason in ("error", "cancelled") else None
+            finished = delta.finish_reason is not None
+            self._gains.append(Gain(delta.request_id, delta.token_ids, finished, error, now))
+
+
+def _balloon(gib: float) -> Balloon:
+    """Host memory that is there at once, so that a run does not depend on a thread's pace."""
+    chunks = int(gib * GIB) // _CHUNK_BYTES
+    balloon = Balloon(NullSlabs(), _CHUNK_BYTES, chunks, chunks, host_room=lambda: 1 << 60)
+    balloon.grow_ahead()
+    while balloon.num_physical < chunks:
+        balloon.grow_ahead()
+    return balloon
