@@ -24,12 +24,14 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import EngineConfig
+from engine.deposit import Deposit
 from engine.errors import EngineDeadError, OverloadedError, RequestError
 from engine.memory.blocks import TokenChain
 from engine.memory.pool import MemoryPool
 from engine.messages import (
     EngineInfo,
     EngineSnapshot,
+    FinishReason,
     GenerateRequest,
     StepPlan,
     TokenDelta,
@@ -107,6 +109,7 @@ class Engine:
         self._clock = clock
         self.steps_ahead = steps_ahead
         self._in_flight: deque[_Launched] = deque()
+        self._deposit = Deposit()
         self._outside = outside
         self._inbox: deque[GenerateRequest | str | _Trim] = deque()
         self._wake = threading.Event()
@@ -211,6 +214,7 @@ class Engine:
                 self._pool.map_ahead(self._scheduler.upcoming(ahead), limits.max_num_batched_tokens)
         elif not self._in_flight:
             busy |= self._scheduler.turns.wait()  # nothing can be computed until a copy has ended
+            self._publish_all([])
             self.snapshot = self._take_snapshot()
             return busy
         self._complete_all(but=self.steps_ahead if plan is not None else 0)
@@ -246,7 +250,7 @@ class Engine:
                     self.snapshot = self._take_snapshot()  # whoever waits for it looks there next
                     order.freed.set_result(freed)
             elif (seq := self._scheduler.get(order)) is not None:
-                self._publish_all([self._scheduler.finish(seq, "cancelled")])
+                self._end(seq, "cancelled")
         return busy
 
     def _new_sequence(self, request: GenerateRequest) -> EngineSequence:
@@ -343,17 +347,21 @@ class Engine:
             if one.error is None:
                 delta = self._scheduler.commit(seq, one.token_id, one.logprobs)
                 if delta is not None:
-                    deltas.append(delta)
+                    deltas.append((delta, seq.due_s))
             elif self._scheduler.get(seq.request_id) is seq:
                 self._fail(seq, one.error)
         self._publish_all(deltas)
 
     def _fail(self, seq: EngineSequence, message: str) -> None:
         logger.warning("request %s failed: %s", seq.request_id, message)
-        self._publish_all([self._scheduler.finish(seq, "error", message)])
+        self._end(seq, "error", message)
 
-    def _publish_all(self, deltas: list[TokenDelta]) -> None:
-        ended = [delta.request_id for delta in deltas if delta.finish_reason is not None]
+    def _end(self, seq: EngineSequence, reason: FinishReason, message: str | None = None) -> None:
+        self._publish_all([(self._scheduler.finish(seq, reason, message), 0.0)])
+
+    def _publish_all(self, entries: list[tuple[TokenDelta, float]]) -> None:
+        """Hand deltas out, each with the time it was promised for, or hold them back till then."""
+        ended = [delta.request_id for delta, _ in entries if delta.finish_reason is not None]
         if ended:
             with self._door:
                 self._open.difference_update(ended)
@@ -361,7 +369,10 @@ class Engine:
             gap = min(now - self._last_finish_s, _LONGEST_GAP_S)
             self._request_s += 0.1 * (gap - self._request_s)
             self._last_finish_s = now
-        self._publish(deltas)
+        holds_back = self._config.scheduler.deposit and self._scheduler.takes_turns
+        deltas = self._deposit.pass_on(entries, self._clock(), holds_back)
+        if deltas:
+            self._publish(deltas)
 
     def _take_snapshot(self) -> EngineSnapshot:
         scheduler, memory = self._scheduler, self._pool.snapshot()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.messages import TokenDelta
@@ -34,36 +35,45 @@ class Deposit:
         """Tokens held back."""
         return sum(len(account.deltas) for account in self._accounts.values())
 
-    @property
-    def next_due_s(self) -> float | None:
-        """When the next token is due."""
-        return self._next[0][0] if self._next else None
+    def pass_on(
+        self, entries: Iterable[tuple[TokenDelta, float]], now_s: float, holds_back: bool
+    ) -> list[TokenDelta]:
+        """What goes out now of new deltas, each with the time at which its client is promised it, and of
+        those that were held back. The end of a request takes all of its tokens along.
 
-    def put(self, delta: TokenDelta, due_s: float) -> None:
-        """Hold one token of a request back until then; later ones are never handed out before it."""
+        Args:
+            holds_back: whether sequences take turns; if not, everything goes out.
+        """
+        passed = [] if holds_back else self._take_all()
+        for delta, due_s in entries:
+            held = delta.request_id in self._accounts
+            if holds_back and delta.finish_reason is None and (held or due_s > now_s):
+                self._put(delta, due_s)
+            else:
+                rest = self._close(delta.request_id)
+                passed.append(delta if rest is None else rest.then(delta))
+        return passed + self._take_due(now_s)
+
+    def _put(self, delta: TokenDelta, due_s: float) -> None:
         account = self._accounts.setdefault(delta.request_id, _Account())
         if not account.deltas:
             heapq.heappush(self._next, (due_s, delta.request_id))
         account.due_s.append(due_s)
         account.deltas.append(delta)
 
-    def holds(self, request_id: str) -> bool:
-        """Whether a request has tokens here."""
-        return request_id in self._accounts
-
-    def take_due(self, now_s: float) -> list[TokenDelta]:
+    def _take_due(self, now_s: float) -> list[TokenDelta]:
         """What is due by now, as one delta for each request."""
         taken = []
         while self._next and self._next[0][0] <= now_s:
             _, request_id = heapq.heappop(self._next)
             account = self._accounts.get(request_id)
             if account is None:
-                continue
-            delta = account.deltas.popleft()
+                continue  # it has ended since
             account.due_s.popleft()
+            delta = account.deltas.popleft()
             while account.due_s and account.due_s[0] <= now_s:
-                delta = delta.then(account.deltas.popleft())
                 account.due_s.popleft()
+                delta = delta.then(account.deltas.popleft())
             taken.append(delta)
             if account.deltas:
                 heapq.heappush(self._next, (account.due_s[0], request_id))
@@ -71,7 +81,7 @@ class Deposit:
                 del self._accounts[request_id]
         return taken
 
-    def close(self, request_id: str) -> TokenDelta | None:
+    def _close(self, request_id: str) -> TokenDelta | None:
         """The rest of a request's tokens, all at once."""
         account = self._accounts.pop(request_id, None)
         if account is None:
@@ -81,8 +91,7 @@ class Deposit:
             rest = rest.then(delta)
         return rest
 
-    def take_all(self) -> list[TokenDelta]:
-        """Everything: nobody has to wait for a turn any more."""
-        rest = [self.close(request_id) for request_id in list(self._accounts)]
+    def _take_all(self) -> list[TokenDelta]:
+        rest = [self._close(request_id) for request_id in list(self._accounts)]
         self._next.clear()
         return [delta for delta in rest if delta is not None]

@@ -86,6 +86,11 @@ class Scheduler:
         """Sequences in the balloon, those on their way back included."""
         return len(self.turns.parked)
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether sequences that run are to leave room for others soon."""
+        return self._config.policy == "slo" and bool(self.turns.parked)
+
     def add(self, seq: Sequence) -> None:
         """Queue a new request."""
         self._by_id[seq.request_id] = seq

@@ -125,6 +125,13 @@ class Sequence:
         """Whether it has said something, so that its client waits for the next token."""
         return self.state is State.RUNNING
 
+    @property
+    def due_s(self) -> float:
+        """When its client is promised the newest token that was read, on the engine's clock."""
+        if self.first_token_s is None:
+            return self.arrival_s + self.ttft_slo_s
+        return self.first_token_s + (len(self.output_token_ids) - 1) * self.tpot_slo_s
+
     def longest(self, max_model_len: int) -> int:
         """Tokens it can have in the end."""
         return min(len(self.request.prompt_token_ids) + self.sampling.max_tokens, max_model_len)

@@ -18,6 +18,9 @@ from engine.sequence import Sequence, State
 
 _REMEMBERED = 64  # finished requests that the forecast of an answer's length is made from
 _ENOUGH = 8  # of them; until then half of what a request may generate is expected
+_FULL = 0.5  # of the balloon
+_AT_STAKE_S = 2.0  # of slack
+_LONGEST_PAUSE_S = 10
 _SMOOTHING = 0.1  # of the time between two steps
 
 
@@ -107,9 +110,7 @@ class Turns:
 
     def runway_s(self, seq: Sequence, now_s: float) -> float:
         """Seconds until the client of a sequence waits for the next token, at the pace it was promised."""
-        if seq.first_token_s is None:
-            return 0.0
-        return seq.first_token_s + seq.num_outputs * seq.tpot_slo_s - now_s
+        return seq.due_s + (1 + seq.num_in_flight) * seq.tpot_slo_s - now_s
 
     def slack_s(self, seq: Sequence, now_s: float) -> float:
         """Seconds a sequence may lose and still keep its mean time per token, by forecast."""
@@ -124,10 +125,10 @@ class Turns:
         parking = self._pool.parking
         if parking is None or not self._takes_turns:
             return []
-        ahead = sorted(running, key=lambda seq: self.runway_s(seq, now_s), reverse=True)
+        ahead = sorted(running, key=lambda seq: self._worth(seq, now_s), reverse=True)
         if lacking > 0:
             return self._for_prompts(now_s, ahead, lacking - parking.num_leaving)
-        if self._returning is None and not parking.num_leaving:
+        if self._returning is None and not parking.num_leaving and not self._is_full:
             return self._for_next(now_s, ahead)
         return []
 
@@ -177,7 +178,26 @@ class Turns:
 
     def _next(self, now_s: float) -> Sequence | None:
         settled = [seq for seq in self._parked if not seq.backing.is_leaving]
-        return min(settled, key=lambda seq: self.runway_s(seq, now_s), default=None)
+        return min(settled, key=lambda seq: self._worth(seq, now_s), default=None)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the balloon can hardly take more sequences: then some should end rather than all go on."""
+        parking = self._pool.parking
+        if parking is None:
+            return False
+        held = sum(seq.backing.num_rows for seq in self._parked) * self._pool.kv.geometry.num_groups
+        return held > _FULL * parking.balloon.num_logical
+
+    def _worth(self, seq: Sequence, now_s: float) -> tuple[bool, float]:
+        """The order in which sequences should be on the device, the first first: those whose client's mean
+        time per token is at stake, then those whose client waits soonest. With the balloon nearly full those
+        that will end soonest, since what they hold lets others in.
+        """
+        if not self._is_full:
+            return False, self.runway_s(seq, now_s)
+        at_stake = self.slack_s(seq, now_s) < _AT_STAKE_S or self.runway_s(seq, now_s) < -_LONGEST_PAUSE_S
+        return not at_stake, self._num_left(seq)
 
     def _reserve(self, num_running: int) -> int:
         """Room to leave beside a sequence that comes back, for those that run to grow into."""

@@ -13,10 +13,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from engine.errors import ConservationError, DriverError
 from engine.memory.host_memory import room_bytes
-from engine.memory.slabs import Slab, SlabMaker
+
+if TYPE_CHECKING:
+    from engine.memory.slabs import Slab, SlabMaker  # which loads torch
 
 logger = logging.getLogger(__name__)
 

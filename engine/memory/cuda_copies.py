@@ -45,7 +45,8 @@ class CudaCopies:
             stream.wait_stream(torch.cuda.current_stream(self._device))
         error: DriverError | None = None
         try:
-            issue_copies(list(merge(targets, sources, self.chunk_bytes)), stream.cuda_stream, self._library)
+            pieces = list(merge(targets, sources, self.chunk_bytes))
+            issue_copies(direction, pieces, stream.cuda_stream, self._library)
         except DriverError as refused:
             error = refused
         self._bytes[direction] += len(targets) * self.chunk_bytes

@@ -19,7 +19,7 @@ from cuda.bindings import driver
 
 from engine.errors import ConfigError, DriverError
 from engine.memory import native
-from engine.memory.copies import Piece
+from engine.memory.copies import Direction, Piece
 from engine.memory.driver import ChunkDriver
 from engine.memory.mapper import Call, Failure, Mapper, PythonMapper
 
@@ -134,6 +134,8 @@ _FUNCTIONS = {
     "release": "cuMemRelease",
     "memory_info": "cuMemGetInfo_v2",
 }
+# Not cuMemcpyAsync: it would take an address that is not the device's for the host's, and read there.
+_COPIES = {Direction.OUT: "cuMemcpyDtoHAsync", Direction.IN: "cuMemcpyHtoDAsync"}
 _NAMES = {
     Call.CREATE: "cuMemCreate",
     Call.MAP: "cuMemMap",
@@ -151,28 +153,28 @@ def _explain(failure: Failure) -> DriverError:
     return DriverError(_NAMES[call], driver.CUresult(code).name)
 
 
-def issue_copies(pieces: Sequence[Piece], stream: int, library: native.Library | None) -> None:
+def issue_copies(
+    direction: Direction, pieces: Sequence[Piece], stream: int, library: native.Library | None
+) -> None:
     """Have copies between the device and pinned host memory made on a stream, in order.
 
     Args:
-        pieces: the copies; the driver tells host from device by their addresses.
+        direction: of all of them.
+        pieces: the copies.
         stream: a CUstream of the calling thread's context.
         library: the native helper: one call for all of them, beyond 64 without the interpreter's lock.
 
     Raises:
         DriverError: that copy and those behind it are not made. Those before it may be under way.
     """
+    name = _COPIES[direction]
     if library is not None:
-        code = library.copy(_address("cuMemcpyAsync"), pieces, stream)
+        code = library.copy(_address(f"{name}_v2"), pieces, stream)
     else:
-        code = next((code for code in (_copy(piece, stream) for piece in pieces) if code), 0)
+        codes = (int(getattr(driver, name)(*piece, stream)[0]) for piece in pieces)
+        code = next(filter(None, codes), 0)
     if code:
-        raise DriverError("cuMemcpyAsync", driver.CUresult(code).name)
-
-
-def _copy(piece: Piece, stream: int) -> int:
-    target, source = driver.CUdeviceptr(piece.target), driver.CUdeviceptr(piece.source)
-    return int(driver.cuMemcpyAsync(target, source, piece.nbytes, driver.CUstream(stream))[0])
+        raise DriverError(name, driver.CUresult(code).name)
 
 
 @functools.cache

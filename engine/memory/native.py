@@ -102,7 +102,7 @@ class Library:
         """Hand copies to a driver, in order, up to one that it refuses: its code, 0 if there is none.
 
         Args:
-            function: address of its cuMemcpyAsync.
+            function: address of its cuMemcpyDtoHAsync or cuMemcpyHtoDAsync.
             pieces: the copies.
             stream: the CUstream that they are made on.
         """

@@ -58,6 +58,7 @@ static uint64_t cuda_room(void *context) {
 }
 
 // Copies, three words each: target, source, bytes. In order on a stream, up to one that is refused: its code.
+// Either end of a copy is a host pointer to the driver: in a register it looks like the other, 64 bits.
 int cuda_copy(int (*copy)(uint64_t target, uint64_t source, size_t bytes, void *stream), void *stream,
               const uint64_t *words, uint64_t count) {
     int code = 0;

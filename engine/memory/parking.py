@@ -111,7 +111,7 @@ class Parking:
         self._order = [*range(0, self._groups, 2), *range(1, self._groups, 2)]
         self._outs: deque[_Out] = deque()
         self._parked: list[Backing] = []  # settled, and not on their way back; the last is evicted first
-        self._saved: set[Backing] = set()
+        self._saved: dict[Backing, None] = {}  # in the order in which they were first saved
         self.num_leaving = 0
         self.num_idle = 0
 
@@ -259,7 +259,7 @@ class Parking:
         begin = backing.saved_until
         if end <= begin:
             return 0
-        host = self.balloon.take((end - begin) * self._groups)
+        host = self._take_host((end - begin) * self._groups, backing)
         if host is None:
             return None
         rows = [tuple(host[at : at + self._groups]) for at in range(0, len(host), self._groups)]
@@ -275,6 +275,22 @@ class Parking:
         self._outs.append(_Out(ticket, backing, slot, rows))
         return len(rows)
 
+    def _take_host(self, count: int, but_of: Backing) -> list[int] | None:
+        """Host chunks; if there are too few, those of sequences that are on the device as well."""
+        host = self.balloon.take(count)
+        for backing in list(self._saved) if host is None else ():
+            if backing is not but_of and not backing.is_parked and count <= self._num_spare_host(but_of):
+                self._forget(backing)
+                host = self.balloon.take(count)
+            if host is not None:
+                break
+        return host
+
+    def _num_spare_host(self, but_of: Backing) -> int:
+        """Host chunks that are free, or could be."""
+        spare = [one for one in self._saved if one is not but_of and not one.is_parked]
+        return self.balloon.num_free + sum(len(one.rows) for one in spare) * self._groups
+
     def _out_ended(self, out: _Out) -> None:
         backing = out.backing
         try:
@@ -287,7 +303,7 @@ class Parking:
                 backing.num_to_leave, backing.is_leaving, backing.has_failed = 0, False, True
             return
         backing.rows += out.rows
-        self._saved.add(backing)
+        self._saved[backing] = None
         if backing.is_leaving:
             self._left(backing)
 
@@ -361,7 +377,7 @@ class Parking:
         self._put_back(backing.rows[begin:])
         del backing.rows[begin:]
         if not backing.rows:
-            self._saved.discard(backing)
+            self._saved.pop(backing, None)
 
     def forget_tail(self, backing: Backing, num_rows: int) -> None:
         """A sequence that is back writes on: of its rows only the first `num_rows` stay as they are."""

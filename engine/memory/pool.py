@@ -9,6 +9,7 @@ least useful first; what is still missing, the scheduler has to take from a sequ
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -30,6 +31,7 @@ from engine.messages import MemorySnapshot
 
 logger = logging.getLogger(__name__)
 
+_USUAL_STEPS = 64  # a sequence that comes back leaves the arena what the largest of so many steps needed
 _MAX_AHEAD = 256  # chunks on their way at once: what they cost to bring back bounds a wait to some 10 ms
 _MAX_HELD = 1024  # chunks kept for growth: that of 128 sequences in 8 layer groups, or of two long prompts
 
@@ -70,7 +72,7 @@ class MemoryPool:
         self._vm = vm
         self._mode = mode
         self._step_chunks = 0
-        self._step = 1, 1
+        self._steps: deque[tuple[int, int]] = deque([(1, 1)], maxlen=_USUAL_STEPS)
         self.chunks = ChunkPool(vm, total)
         if mode != "elastic":
             self.chunks.create_all()
@@ -184,7 +186,7 @@ class MemoryPool:
         """Chunks that there is too little room for a parked sequence to come back; negative if there is more."""
         if self.parking is None:
             return 0
-        room = self.room_for_kv(*self._step) - self.parking.num_idle_of(backing)
+        room = self.room_for_kv(*self._usual_step) - self.parking.num_idle_of(backing)
         return self.parking.num_to_bring(backing) + num_reserved - room
 
     def discard(self, backing: Backing) -> tuple[int | None, int]:
@@ -229,7 +231,7 @@ class MemoryPool:
         for slot, tokens in growth:
             self.kv.grown(slot, tokens)
             self._kv_tokens[slot] = tokens
-        self._step = num_tokens, num_rows
+        self._steps.append((num_tokens, num_rows))
         self._step_chunks = self.arena.chunks_for(num_tokens, num_rows)
         return True
 
@@ -335,8 +337,13 @@ class MemoryPool:
         self.chunks.settle()
         return False
 
+    @property
+    def _usual_step(self) -> tuple[int, int]:
+        """Tokens and rows of the largest of the last steps."""
+        return max(self._steps)
+
     def _back_returning(self, wanted: Sequence[tuple[VirtualTensor, int]]) -> bool:
-        return self._back(wanted, self._step_chunks)
+        return self._back(wanted, self.arena.chunks_for(*self._usual_step))
 
     def _make_room(self, num_chunks: int, num_used: int) -> None:
         """Let so many chunks become free, from the arena's idle tail first."""

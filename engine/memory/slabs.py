@@ -56,7 +56,8 @@ class Pins(Protocol):
     """Page-locks host memory for a device, which is what makes copies asynchronous and fast."""
 
     def pin(self, address: int, nbytes: int) -> None:
-        """Called by the thread that makes slabs.
+        """Called by the thread that makes slabs: CUDA keeps a refusal for its thread, and reports it to the
+        next kernel that is launched there.
 
         Raises:
             DriverError: the memory is not pinned.

@@ -7,7 +7,6 @@ import gc
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 
 from engine.errors import DriverError
 from engine.memory.copies import Direction, Piece, ThreadCopies, Ticket, merge
-from engine.memory.host_memory import available_bytes
 from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.slabs import PinnedSlabs, PlainSlabs, Slab
 
@@ -225,7 +223,7 @@ def test_slabs_never_touch() -> None:
 
 def test_memory_that_the_system_refuses_is_a_driver_error() -> None:
     with pytest.raises(DriverError, match="mmap failed: Cannot allocate memory"):
-        PlainSlabs().make(1 << 46)
+        PlainSlabs().make(1 << 48)
 
 
 class PinsWrittenDown:

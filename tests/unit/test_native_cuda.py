@@ -10,6 +10,7 @@ import pytest
 from cuda.bindings import driver
 
 from engine.memory import native
+from engine.memory.copies import Piece
 from engine.memory.driver import ChunkDriver
 from engine.memory.mapper import Call
 from engine.memory.vmm import Move, Moved, Outcome
@@ -28,6 +29,7 @@ SIGNATURES = {
     "release": ctypes.CFUNCTYPE(INT, U64),
     "memory_info": ctypes.CFUNCTYPE(INT, SIZES, SIZES),
 }
+COPY = ctypes.CFUNCTYPE(INT, U64, U64, SIZE, POINTER)
 
 
 class WrittenDown:
@@ -134,6 +136,37 @@ def test_refused_access_is_unmapped_again() -> None:
     cuda.answers = {"set_access": OUT_OF_MEMORY}
     assert vm.collect(vm.submit([Move(5, None, CHUNK)])) == [Moved(5, Outcome.UNMAPPED)]
     assert cuda.asked[-1] == ("unmap", CHUNK, CHUNK)
+
+
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 1000])
+def test_copies_are_handed_over_in_their_order(count: int) -> None:
+    """Beyond 64 the call is made without the interpreter's lock."""
+    asked: list[tuple[Any, ...]] = []
+    copy = COPY(lambda *arguments: asked.append(arguments) or 0)
+    high = 0x7FF0_0000_0000_0000  # addresses and sizes have 64 bits, all of them used
+    pieces = [Piece(high + index, high + 2 * index, (5 << 32) + index) for index in range(count)]
+    assert issue(copy, pieces, stream=0x5EED_0000_0001) == 0
+    assert asked == [(*piece, 0x5EED_0000_0001) for piece in pieces]
+
+
+@pytest.mark.parametrize("count", [3, 100])
+def test_no_copy_is_made_behind_a_refused_one(count: int) -> None:
+    asked: list[int] = []
+
+    def refuse_the_second(target: int, *_: Any) -> int:
+        asked.append(target)
+        return OUT_OF_MEMORY if target == 1 else 0
+
+    copy = COPY(refuse_the_second)
+    assert issue(copy, [Piece(target, 7, 8) for target in range(count)], stream=0) == OUT_OF_MEMORY
+    assert asked == [0, 1]
+
+
+def issue(copy: Any, pieces: list[Piece], stream: int) -> int:
+    """Have copies made by a function in cuMemcpyDtoHAsync's place; the code."""
+    library = native.load()
+    assert library is not None
+    return library.copy(ctypes.cast(copy, POINTER).value or 0, pieces, stream)
 
 
 def test_structures_are_handed_over_as_the_driver_reads_them() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
 
@@ -136,13 +135,13 @@ def test_moves_are_done_at_once(vm: NullVirtualMemory) -> None:
     base = vm.reserve(4)
     (chunk,) = vm.create(1)
     vm.map([base], [chunk])
-    ticket = vm.submit([Move(chunk, base, base + CHUNK), Move(None, None, base), Move(chunk, base, None)])
+    ticket = vm.submit([Move(chunk, base, base + CHUNK), Move(None, None, base)])
     assert vm.is_done(ticket)
-    moved, made, wrong = vm.collect(ticket)
+    moved, made = vm.collect(ticket)
     assert moved == Moved(chunk, Outcome.DONE)
     assert made.outcome is Outcome.DONE
     assert made.handle != chunk
-    assert wrong.outcome is Outcome.DONE, "what is mapped there now is unmapped, as on a GPU"
+    assert vm.unmap(places(base, 0, 1)) == 2
 
 
 def test_no_more_chunks_than_there_are(vm: NullVirtualMemory, caplog: pytest.LogCaptureFixture) -> None:
@@ -188,10 +187,3 @@ def test_a_balloon_of_any_size_costs_nothing() -> None:
     assert len({balloon.address_of(chunk) for chunk in chunks}) == 3000
     balloon.check()
     balloon.close()
-
-
-def test_its_addresses_are_nobody_s() -> None:
-    """What is written there by mistake must not land in memory that somebody has: it has to fault."""
-    here = ctypes.addressof(ctypes.c_char())
-    assert abs(NullSlabs().make(CHUNK).address - here) > 1 << 40
-    assert abs(NullVirtualMemory(CHUNK).reserve(1) - here) > 1 << 40
