@@ -8,13 +8,14 @@ from engine.draft import Draft
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
 from engine.sequence import Sequence, State
+from engine.waiting import WaitingLine
 
 _LOOK_AHEAD = 64  # waiting requests that may overtake the first
 _LITTLE = 0.25  # of a prompt: whoever has no more to compute displaces nobody
 
 
 class Admission:
-    """First come, first served, within what memory allows.
+    """The one at the head first, within what memory allows.
 
     Args:
         max_overtaken: how often a request may be overtaken, see `SchedulerConfig`.
@@ -28,7 +29,7 @@ class Admission:
         self._max_model_len = max_model_len
 
     def next(
-        self, waiting: list[Sequence], active: list[Sequence], draft: Draft
+        self, waiting: WaitingLine, active: list[Sequence], draft: Draft
     ) -> tuple[Sequence, Match | None] | None:
         """Who is next, and what of its tokens is there, or will be when the draft has run; None for nobody.
 
@@ -44,7 +45,7 @@ class Admission:
         match = self._match(head, draft)
         if head.num_overtaken < self._max_overtaken and self._displaces(head, match, active, draft):
             most = _to_compute(head, match) // 2
-            other = min(waiting[1:_LOOK_AHEAD], key=self._least_to_compute, default=head)
+            other = min(waiting.first(_LOOK_AHEAD)[1:], key=self._least_to_compute, default=head)
             if self._least_to_compute(other) <= most:
                 others_match = self._match(other, draft)
                 if _to_compute(other, others_match) <= most:

@@ -21,10 +21,14 @@ from engine.core import Engine, Publish
 from engine.errors import ConfigError
 from engine.footprint import Footprint
 from engine.memory.arena import BufferSpec, activation_bytes
+from engine.memory.balloon import Balloon
 from engine.memory.blocks import TokenChain
-from engine.memory.host_vmm import HostVirtualMemory, available_bytes
+from engine.memory.copies import Copies, ThreadCopies
+from engine.memory.host_memory import available_bytes
+from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.kv_cache import KvGeometry
 from engine.memory.pool import MemoryPool
+from engine.memory.slabs import PinnedSlabs, PlainSlabs
 from engine.memory.vmm import VirtualMemory
 from engine.messages import EngineInfo, Piece, SamplingParams, StepPlan
 from engine.model.buffers import activation_specs
@@ -71,6 +75,7 @@ def build_engine(
     vm, total = make_driver(facts.device, geometry.chunk_bytes, config.memory, _GRAPH_BYTES if shapes else 0)
     max_model_len = _fit_model_len(config, facts.config.max_context, geometry, specs, total)
     pool = _make_pool(config, facts, vm, total, geometry, specs, max_model_len, shapes)
+    _add_balloon(pool, config.memory, facts.device, vm)
     scheduler = Scheduler(limits, pool, max_model_len, eos_token_ids, clock)
     runner = _runner(model, pool, sampler, limits)
     _warm_up(pool, runner, sampler)
@@ -110,6 +115,32 @@ def _make_pool(
         limits.max_num_seqs * (_SLOTS_PER_SEQUENCE if memory.enable_prefix_caching else 1),
         memory.enable_prefix_caching,
     )
+
+
+def _add_balloon(pool: MemoryPool, memory: MemoryConfig, device: torch.device, vm: VirtualMemory) -> None:
+    """Let sequences be parked in host memory, unless that is switched off, or every slot keeps its memory."""
+    on_gpu = device.type == "cuda"
+    nbytes = memory.balloon_bytes
+    if nbytes is None:
+        nbytes = available_bytes() // 2 if on_gpu else 0
+    num_chunks = nbytes // vm.chunk_bytes
+    if memory.mode == "static" or not num_chunks:
+        return
+    copies: Copies
+    if on_gpu:
+        from engine.memory.cuda_copies import CudaCopies  # as for the driver
+
+        copies = CudaCopies(device, vm.chunk_bytes)
+    else:
+        copies = ThreadCopies(vm.chunk_bytes)
+    balloon = Balloon(
+        PinnedSlabs() if on_gpu else PlainSlabs(),
+        vm.chunk_bytes,
+        num_chunks,
+        min(num_chunks, max(1, memory.balloon_slab_bytes // vm.chunk_bytes)),
+        is_filled=on_gpu and memory.balloon_bytes is not None,
+    )
+    pool.add_balloon(balloon, copies)
 
 
 def _settle_budget(pool: MemoryPool, memory: MemoryConfig, device: torch.device) -> None:

@@ -65,9 +65,10 @@ class MemoryConfig:
             tokens are left in the ones it has; 0 maps when they are needed.
         trim_after_s: seconds without work after which free chunks go back to the device; None keeps
             them. What they hold of prefixes stays.
-        balloon_bytes: host memory that KV of sequences may move to while others run (the balloon); taken
-            in slabs as it is needed. 0 switches it off; None is half of what the host has available at
-            start on a GPU, and 0 on a CPU, where both memories are the same.
+        balloon_bytes: host memory that KV of sequences may move to while others run (the balloon). 0 switches
+            it off. None is up to half of what the host has available at start on a GPU, taken in slabs as it
+            is needed, and 0 on a CPU, where both memories are the same. What is given as a number is taken
+            from the start on, beside the requests: a GPU's host memory is pinned at 1.5 GiB/s.
         balloon_slab_bytes: host memory that the balloon grows by at a time.
     """
 

@@ -24,6 +24,7 @@ from engine.messages import FinishReason, StepPlan, TokenDelta, TokenLogprobs
 from engine.pace import Pace
 from engine.sequence import Sequence, State
 from engine.turns import Turns
+from engine.waiting import WaitingLine
 
 _NO_DRAFT = -1
 
@@ -55,11 +56,10 @@ class Scheduler:
         self._pace = Pace(config)
         self._clock = clock
         self.turns = Turns(config, pool)
-        self._waiting: list[Sequence] = []
+        self._waiting = WaitingLine(pool, by_deadline=config.policy == "slo")
         self._active: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._free_seats = list(range(config.max_num_seqs))[::-1]
-        self._waiting_lack = 0
         self._is_held_up = False
         self._num_lacking = 0  # chunks that the next waiting request lacks
         self._num_drafts = 0
@@ -94,7 +94,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new request."""
         self._by_id[seq.request_id] = seq
-        self._wait(seq)
+        self._waiting.add(seq)
 
     def get(self, request_id: str) -> Sequence | None:
         """The unfinished sequence of that request."""
@@ -121,7 +121,7 @@ class Scheduler:
         self._num_lacking = 0
         if not is_short:
             self._admit(draft)
-        self._is_held_up = bool(self._waiting) and (is_short or draft.tokens_left > 0)
+        self._is_held_up = len(self._waiting) > 0 and (is_short or draft.tokens_left > 0)
         if not draft.pieces and not self._is_unsettled() and self.turns.bring_back_any(self._clock()):
             return None
         while not draft.pieces and len(self._active) > 1 and not self._is_unsettled():
@@ -203,7 +203,7 @@ class Scheduler:
         prompts = (seq for seq in self._active if seq.state is State.PREFILLING)
         next_lacks, all_lack = 0, 0
         if self._waiting and not self._is_held_up:
-            next_lacks, all_lack = self._waiting[0].num_lacking, self._waiting_lack
+            next_lacks, all_lack = self._waiting[0].num_lacking, self._waiting.num_lacking_tokens
         return num_decodes + self._pace.prompt_tokens(num_decodes, prompts, next_lacks, all_lack)
 
     def _decodable(self) -> list[Sequence]:
@@ -233,7 +233,7 @@ class Scheduler:
         if seq.backing.is_lost:
             self._restart(seq)
             return
-        seq.slot = self._pool.returned(seq.backing, seq.chain, seq.num_computed)
+        seq.slot = self.turns.take_back(seq)
         seq.move(State.RUNNING)
         insort(self._active, seq, key=_age)
 
@@ -250,9 +250,9 @@ class Scheduler:
                     # up would not be free sooner. Until then this sequence and the later ones sit out.
                     return True
                 victim = self._active[-1]  # never one already in the draft: those arrived earlier
-                if victim.state is not State.RUNNING or not self._try_park(victim, draft.num_missing(
-                    [one for one in running if one.state is State.RUNNING]
-                )):
+                if victim.state is not State.RUNNING or not self._try_park(
+                    victim, draft.num_missing([one for one in running if one.state is State.RUNNING])
+                ):
                     self.preempt(victim)
         return is_short
 
@@ -292,7 +292,7 @@ class Scheduler:
             return False
         if self._waiting[0] is not seq:
             self._waiting[0].num_overtaken += 1
-        self._unwait(seq)
+        self._waiting.remove(seq)
         seq.open(opened, self._free_seats.pop())
         seq.move(State.PREFILLING)
         insort(self._active, seq, key=_age)
@@ -336,26 +336,9 @@ class Scheduler:
         """Whether the tokens in flight are its last ones, whatever they turn out to be."""
         return seq.num_outputs >= seq.sampling.max_tokens or seq.num_tokens >= self._max_model_len
 
-    def _wait(self, seq: Sequence) -> None:
-        insort(self._waiting, seq, key=_age)
-        match = self._pool.match(seq.chain, seq.tokens, seq.num_known, _NO_DRAFT)
-        seq.num_lacking = seq.num_tokens
-        if match is not None:
-            seq.wants = match.slot
-            seq.num_lacking -= match.num_tokens
-            self._pool.prefixes.want(match.slot, seq.request_id, _age(seq))
-        self._waiting_lack += seq.num_lacking
-
-    def _unwait(self, seq: Sequence) -> None:
-        self._waiting.remove(seq)
-        self._waiting_lack -= seq.num_lacking
-        if seq.wants is not None:
-            self._pool.prefixes.unwant(seq.wants, seq.request_id)
-            seq.wants = None
-
     def _remove(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.state is State.WAITING:
-            self._unwait(seq)
+            self._waiting.remove(seq)
         elif seq.state is State.PARKED:
             self._release_parked(seq)
         else:
@@ -373,7 +356,7 @@ class Scheduler:
         seq.move(State.WAITING)
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        self._wait(seq)
+        self._waiting.add(seq)
 
     def _release(self, seq: Sequence, is_sound: bool = True) -> None:
         """Take a sequence's slot. What it computed stays there, unless that may be what made it fail."""
@@ -388,15 +371,14 @@ class Scheduler:
             num_kept -= num_kept % self._pool.kv.geometry.tokens_per_chunk
         self._active.remove(seq)
         self._pool.hash(seq.chain, seq.tokens, num_kept)
-        self._pool.discard(seq.backing)
+        self.turns.discard(seq)
         self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
         self._free_seats.append(seq.seat)
         seq.leave()
 
     def _release_parked(self, seq: Sequence) -> None:
         """Give up what a parked sequence has in the balloon, and the slot that it may have kept."""
-        self.turns.forget(seq)
-        slot, num_kept = self._pool.discard(seq.backing)
+        slot, num_kept = self.turns.discard(seq)
         if slot is not None:
             self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
         self._free_seats.append(seq.seat)

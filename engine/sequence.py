@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.memory.backing import Backing
 from engine.memory.blocks import Opened, TokenChain
-from engine.memory.parking import Backing
 from engine.messages import PENDING_TOKEN, BlockCopy, GenerateRequest, SamplingParams
 
 
@@ -148,6 +148,7 @@ class Sequence:
     def leave(self) -> None:
         """Move out of the slot, with nothing computed."""
         self.slot = self.copy = None
+        self.backing = Backing()
         self.shared_slot = self.shared_tokens = self.num_computed = 0
         self.is_new_to_slot = True
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence as Sequences
 
 from engine.config import SchedulerConfig
+from engine.memory.parking import Parking
 from engine.memory.pool import MemoryPool
 from engine.sequence import Sequence, State
 
@@ -20,7 +21,7 @@ _REMEMBERED = 64  # finished requests that the forecast of an answer's length is
 _ENOUGH = 8  # of them; until then half of what a request may generate is expected
 _FULL = 0.5  # of the balloon
 _AT_STAKE_S = 2.0  # of slack
-_LONGEST_PAUSE_S = 10
+_LONGEST_PAUSE_S = 5.0
 _SMOOTHING = 0.1  # of the time between two steps
 
 
@@ -53,6 +54,13 @@ class Turns:
         """Whether a copy will change what there is room for, or who can compute."""
         parking = self._pool.parking
         return self._returning is not None or (parking is not None and parking.is_moving)
+
+    @property
+    def _parking(self) -> Parking:
+        """For what can only happen where there is a balloon."""
+        if self._pool.parking is None:
+            raise ValueError("there is no balloon to park sequences in")
+        return self._pool.parking
 
     def tick(self, now_s: float, is_busy: bool) -> None:
         """A step is being drafted."""
@@ -89,7 +97,8 @@ class Turns:
 
     def park(self, seq: Sequence, num_chunks: int) -> bool:
         """Begin to move a running sequence off the device, so that about so many chunks become free."""
-        if not self._pool.park(seq.held_slot, seq.backing, seq.num_computed, num_chunks):
+        parking = self._pool.parking
+        if parking is None or not parking.park(seq.backing, seq.held_slot, seq.num_computed, num_chunks):
             return False
         seq.move(State.PARKED)
         seq.slot = None
@@ -97,12 +106,19 @@ class Turns:
         self.num_parkings += 1
         return True
 
-    def forget(self, seq: Sequence) -> None:
-        """A parked sequence has ended, or will be computed again."""
+    def take_back(self, seq: Sequence) -> int:
+        """A sequence that `settle` named goes on; the slot it is in."""
+        return self._parking.returned(seq.backing, seq.chain, seq.num_computed)
+
+    def discard(self, seq: Sequence) -> tuple[int | None, int]:
+        """A sequence has ended, or will be computed again; of a parked one the slot to close, and the tokens
+        whose KV is there.
+        """
         if seq in self._parked:
             self._parked.remove(seq)
         if self._returning is seq:
             self._returning = None
+        return (None, 0) if self._pool.parking is None else self._pool.parking.discard(seq.backing)
 
     def finished(self, seq: Sequence) -> None:
         """A request was answered in full: the forecast learns from its length."""
@@ -142,13 +158,13 @@ class Turns:
         seq = self._next(now_s)
         if seq is None or (lacking > 0 and self._takes_turns and self.slack_s(seq, now_s) > 0):
             return
-        if self._pool.bring_back(seq.backing, self._reserve(num_running)):
+        if self._parking.bring_back(seq.backing, self._reserve(num_running)):
             self._returning = seq
 
     def bring_back_any(self, now_s: float) -> bool:
         """Nothing else can go on: let any parked sequence come back that there is room for."""
         for seq in sorted(self._parked, key=lambda seq: self.runway_s(seq, now_s)):
-            if self._returning is None and self._pool.bring_back(seq.backing, 0):
+            if self._returning is None and self._parking.bring_back(seq.backing, 0):
                 self._returning = seq
                 return True
         return False
@@ -173,7 +189,7 @@ class Turns:
         turn_s = self._turn_tokens * ahead[0].tpot_slo_s
         if self.runway_s(ahead[0], now_s) - self.runway_s(seq, now_s) < turn_s:
             return []
-        lacking = self._pool.num_lacking(seq.backing, self._reserve(len(ahead)))
+        lacking = self._parking.num_lacking(seq.backing, self._reserve(len(ahead)))
         return [(ahead[0], lacking)] if lacking > 0 else []
 
     def _next(self, now_s: float) -> Sequence | None:

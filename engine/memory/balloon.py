@@ -41,6 +41,7 @@ class Balloon:
         slab_chunks: chunks of a slab. A large one pins for seconds, and the first chunks come with the last.
         host_room: bytes that the host can spare; no larger slab is made. Called by the background thread.
         clock: seconds, monotonic.
+        is_filled: make all of them from the start, in the background, rather than as they are needed.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Balloon:
         slab_chunks: int,
         host_room: Callable[[], int] = room_bytes,
         clock: Callable[[], float] = time.monotonic,
+        is_filled: bool = False,
     ) -> None:
         self.chunk_bytes = chunk_bytes
         self.max_chunks = max_chunks
@@ -60,6 +62,7 @@ class Balloon:
         self._maker = maker
         self._host_room = host_room
         self._clock = clock
+        self._is_filled = is_filled
         self._slabs: list[Slab] = []
         self._free: list[int] = []  # taken from the end
         self._used: set[int] = set()
@@ -83,6 +86,11 @@ class Balloon:
     def num_free(self) -> int:
         """Chunks that could be taken, now or after growth."""
         return max(0, min(self.num_logical, self.max_chunks) - self.num_used)
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether a slab is being made."""
+        return self._growth is not None
 
     def take(self, count: int) -> list[int] | None:
         """`count` chunks, or None if fewer are there now.

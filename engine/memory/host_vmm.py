@@ -202,13 +202,6 @@ def _explain(failure: Failure) -> DriverError:
     return DriverError(_NAMES.get(call, "mmap"), os.strerror(code))
 
 
-def available_bytes() -> int:
-    """Memory the system could still give out. Touching more than that ends in the kernel killing us."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
 def _map_fixed(address: int, nbytes: int, protection: int, flags: int, file: int, offset: int) -> int:
     result = _libc.mmap(address, nbytes, protection, flags, file, offset)
     return ctypes.get_errno() if result == _FAILED else 0

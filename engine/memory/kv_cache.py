@@ -157,7 +157,9 @@ class KvCache:
         self._begin = [0] * num_slots  # own rows of a slot: from here ..
         self._end = [0] * num_slots  # .. to here
         self._highest = [0] * num_slots  # the furthest `_end` since a slot was opened
-        self._absent: dict[int, dict[int, int]] = {}  # slot -> layer group -> from which row on nothing is there
+        self._absent: dict[
+            int, dict[int, int]
+        ] = {}  # slot -> layer group -> from which row on nothing is there
         for tensor in self.tensors:
             tensor.alias([0], [guard])
         views = [tensor.view(dtype) for tensor in self.tensors]
@@ -266,9 +268,7 @@ class KvCache:
         first, end = self.first_row(slot), self._end[slot]
         absent = sorted(self._absent.get(slot, {}).items())
         return [
-            (self.tensors[group], row)
-            for group, begin in absent
-            for row in range(first + begin, first + end)
+            (self.tensors[group], row) for group, begin in absent for row in range(first + begin, first + end)
         ]
 
     def returned(self, slot: int) -> None:

@@ -28,6 +28,7 @@ class KvSlots:
 
     Attributes:
         prefixes: the books of blocks.
+        num_tokens: of each slot, tokens whose KV a live sequence has there.
     """
 
     def __init__(self, kv: KvCache, chunks: ChunkPool, caches_prefixes: bool, is_static: bool) -> None:
@@ -36,6 +37,7 @@ class KvSlots:
         self._is_static = is_static
         self._per_block = kv.geometry.tokens_per_chunk
         self._free_slots = FreeSlots(kv)
+        self.num_tokens = [0] * kv.num_slots
         self.prefixes = PrefixCache(self._per_block, caches_prefixes and not is_static)
 
     @property
@@ -85,6 +87,7 @@ class KvSlots:
 
     def close(self, slot: int, chain: TokenChain, tokens: Sequence[int]) -> None:
         """Give a slot back, with KV of `tokens` in it. It is kept until somebody needs the memory."""
+        self.num_tokens[slot] = 0
         num_blocks = self.prefixes.close(slot, chain, tokens)
         if not self._is_static:
             self._kv.cut(slot, num_blocks)

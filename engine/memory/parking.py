@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engine.errors import ConservationError, DriverError
+from engine.memory.backing import Backing
 from engine.memory.balloon import Balloon
+from engine.memory.blocks import TokenChain
 from engine.memory.chunks import ChunkPool
 from engine.memory.copies import Copies, Direction, Ticket
 from engine.memory.kv_cache import KvCache
@@ -29,46 +32,6 @@ from engine.memory.virtual_tensor import VirtualTensor
 logger = logging.getLogger(__name__)
 
 Back = Callable[[Sequence[tuple[VirtualTensor, int]]], bool]
-
-
-@dataclass(slots=True, eq=False)
-class Backing:
-    """What of one sequence's KV is in the balloon, and, while it is parked, what is not on the device.
-
-    Attributes:
-        begin: first row that `rows` has.
-        rows: host chunks of the rows from `begin` on, one a layer group.
-        slot: of a parked sequence, if it keeps one.
-        first, end: rows of a parked sequence that may leave the device.
-        absent: layer groups that have left.
-        num_to_leave: layer groups that will leave once `leaving` has ended.
-        coming: the copy that brings it back.
-        has_failed: the copy to the balloon was refused, and it is still where it was.
-        is_lost: the copy back was refused, and what its slot holds is not its KV.
-    """
-
-    begin: int = 0
-    rows: list[tuple[int, ...]] = field(default_factory=list)
-    slot: int | None = None
-    first: int = 0
-    end: int = 0
-    absent: set[int] = field(default_factory=set)
-    num_to_leave: int = 0
-    is_parked: bool = False
-    is_leaving: bool = False
-    coming: Ticket | None = None
-    has_failed: bool = False
-    is_lost: bool = False
-
-    @property
-    def saved_until(self) -> int:
-        """The row up to which the balloon has everything from `begin` on."""
-        return self.begin + len(self.rows)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of a parked sequence that may leave the device."""
-        return self.end - self.first
 
 
 @dataclass(slots=True)
@@ -88,6 +51,7 @@ class Parking:
         kv, slots, chunks: of the pool.
         balloon: host memory.
         copies: the link.
+        room: chunks that sequences which come back may take.
         back: backs rows, or none of them, with whatever can be given up for them.
     """
 
@@ -98,6 +62,7 @@ class Parking:
         chunks: ChunkPool,
         balloon: Balloon,
         copies: Copies,
+        room: Callable[[], int],
         back: Back,
     ) -> None:
         self._kv = kv
@@ -105,6 +70,7 @@ class Parking:
         self._chunks = chunks
         self.balloon = balloon
         self.copies = copies
+        self._room = room
         self._back = back
         self._groups = kv.geometry.num_groups
         # LayerKV 3.2.1: every other group goes first, so that those that stay lie between those that left.
@@ -114,6 +80,7 @@ class Parking:
         self._saved: dict[Backing, None] = {}  # in the order in which they were first saved
         self.num_leaving = 0
         self.num_idle = 0
+        weakref.finalize(self, _end, copies, balloon).atexit = False
 
     @property
     def is_moving(self) -> bool:
@@ -162,6 +129,7 @@ class Parking:
         self._slots.prefixes.park(slot)
         backing.slot, backing.first, backing.end = slot, keep, end
         backing.is_parked = backing.is_leaving = True
+        self._slots.num_tokens[slot] = 0
         backing.num_to_leave = min(self._groups, -(-num_chunks // (end - keep)))
         self.num_leaving += backing.num_to_leave * backing.num_rows
         if backing.saved_until == end:
@@ -170,6 +138,7 @@ class Parking:
 
     def settle(self) -> None:
         """Take in what has ended: rows whose copy is made, memory that can be let go of."""
+        self.balloon.grow_ahead()
         while self._outs and self._outs[0].ticket.is_done:
             self._out_ended(self._outs.popleft())
 
@@ -182,13 +151,21 @@ class Parking:
         """Chunks of a parked sequence that are on the device, and could be had by others."""
         return 0 if backing.is_leaving else (self._groups - len(backing.absent)) * backing.num_rows
 
-    def num_to_bring(self, backing: Backing) -> int:
-        """Chunks that a parked sequence lacks on the device."""
-        return len(backing.absent) * backing.num_rows
+    def num_lacking(self, backing: Backing, num_reserved: int) -> int:
+        """Chunks that there is too little room for a parked sequence to come back, and so many others."""
+        room = self._room() - self.num_idle_of(backing)
+        return len(backing.absent) * backing.num_rows + num_reserved - room
 
-    def bring_back(self, backing: Backing) -> bool:
-        """Begin to copy a parked sequence back; False if there is no room, or no slot, for it now."""
-        if backing.is_leaving:
+    def bring_back(self, backing: Backing, num_reserved: int) -> bool:
+        """Begin to copy a parked sequence back.
+
+        Args:
+            num_reserved: chunks of room to leave.
+
+        Returns:
+            False if there is no room, or no slot, for it now.
+        """
+        if backing.is_leaving or self.num_lacking(backing, num_reserved) > 0:
             return False
         self._parked.remove(backing)
         self.num_idle -= self.num_idle_of(backing)
@@ -209,6 +186,19 @@ class Parking:
         self._arrive(backing)
         return True
 
+    def returned(self, backing: Backing, chain: TokenChain, num_tokens: int) -> int:
+        """A sequence is on the device again, with KV of so many tokens, and will write on; its slot."""
+        slot, backing.slot = backing.slot, None
+        if slot is None:
+            raise ConservationError("a sequence came back into no slot")
+        backing.is_parked = backing.has_failed = False
+        self._slots.num_tokens[slot] = num_tokens
+        self._slots.prefixes.computed(slot, num_tokens)
+        self._slots.prefixes.known(slot, chain)
+        num_full = num_tokens // self._kv.geometry.tokens_per_chunk
+        self._forget(backing, max(0, num_full - backing.begin))
+        return slot
+
     @staticmethod
     def wait_back(backing: Backing) -> None:
         """Wait until a sequence that was brought back has arrived; `is_back` says how that ended."""
@@ -228,10 +218,11 @@ class Parking:
             self._leave_slot(backing)
         self._chunks.settle()
 
-    def discard(self, backing: Backing) -> None:
+    def discard(self, backing: Backing) -> tuple[int | None, int]:
         """The sequence has ended, or lost its KV: nothing of it is in the balloon or in a copy any more.
 
-        The slot it may still keep is the caller's to close.
+        Returns:
+            The slot that a parked one still has, to be closed, and the tokens whose KV is there.
         """
         self._wait_for(backing)
         if backing.coming is not None:
@@ -240,19 +231,26 @@ class Parking:
             self._parked.remove(backing)
             self.num_idle -= self.num_idle_of(backing)
         backing.is_parked = backing.has_failed = backing.is_lost = False
-        backing.absent = set()
         self._forget(backing)
+        slot, backing.slot = backing.slot, None
+        return slot, backing.first * self._kv.geometry.tokens_per_chunk
 
     def check(self) -> None:
         """Raise ConservationError unless every host chunk in use is one sequence's, and the counts agree."""
         self.balloon.check()
         used = sum(len(backing.rows) for backing in self._saved) + sum(len(out.rows) for out in self._outs)
         if used * self._groups != self.balloon.num_used:
-            raise ConservationError(f"{used} rows are in the balloon, and {self.balloon.num_used} chunks used")
+            raise ConservationError(
+                f"{used} rows are in the balloon, and {self.balloon.num_used} chunks used"
+            )
         idle = sum(map(self.num_idle_of, self._parked))
-        leaving = sum(out.backing.num_to_leave * out.backing.num_rows for out in self._outs if out.backing.is_leaving)
+        leaving = sum(
+            out.backing.num_to_leave * out.backing.num_rows for out in self._outs if out.backing.is_leaving
+        )
         if (idle, leaving) != (self.num_idle, self.num_leaving):
-            raise ConservationError(f"parked: {idle} idle, {leaving} leaving; {self.num_idle}, {self.num_leaving} counted")
+            raise ConservationError(
+                f"parked: {idle} idle, {leaving} leaving; {self.num_idle}, {self.num_leaving} counted"
+            )
 
     def _copy_out(self, backing: Backing, slot: int, end: int) -> int | None:
         """Begin to copy rows up to `end` that the balloon lacks; how many, None if it has no room."""
@@ -262,9 +260,9 @@ class Parking:
         host = self._take_host((end - begin) * self._groups, backing)
         if host is None:
             return None
-        rows = [tuple(host[at : at + self._groups]) for at in range(0, len(host), self._groups)]
-        first = self._kv.first_row(slot)
-        # Group after group, as they lie in address space on the device.
+        count, first = end - begin, self._kv.first_row(slot)
+        # Group after group, as they lie in address space on the device: then neighbours are copied as one.
+        rows = [tuple(host[at::count]) for at in range(count)]
         pairs = [
             (self.balloon.address_of(rows[row - begin][group]), tensor.address_of(first + row))
             for group, tensor in enumerate(self._kv.tensors)
@@ -379,9 +377,11 @@ class Parking:
         if not backing.rows:
             self._saved.pop(backing, None)
 
-    def forget_tail(self, backing: Backing, num_rows: int) -> None:
-        """A sequence that is back writes on: of its rows only the first `num_rows` stay as they are."""
-        self._forget(backing, max(0, num_rows - backing.begin))
-
     def _put_back(self, rows: Sequence[tuple[int, ...]]) -> None:
         self.balloon.put_back([chunk for row in rows for chunk in row])
+
+
+def _end(copies: Copies, balloon: Balloon) -> None:
+    """Nobody refers to the pool any more: host memory goes back, once nothing is copied to or from it."""
+    copies.close()
+    balloon.close()

@@ -23,7 +23,7 @@ from engine.memory.chunks import ChunkPool
 from engine.memory.copies import Copies
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.kv_slots import KvSlots
-from engine.memory.parking import Backing, Parking
+from engine.memory.parking import Parking
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
 from engine.memory.warm_chunks import Place
@@ -88,12 +88,13 @@ class MemoryPool:
             self._back_every_slot(max_model_len)
         self._slots = KvSlots(self.kv, self.chunks, caches_prefixes, is_static=mode == "static")
         self.prefixes = self._slots.prefixes
-        self._kv_tokens = [0] * self.kv.num_slots
         self.parking: Parking | None = None
 
     def add_balloon(self, balloon: Balloon, copies: Copies) -> None:
         """From now on sequences can be parked in host memory."""
-        self.parking = Parking(self.kv, self._slots, self.chunks, balloon, copies, self._back_returning)
+        self.parking = Parking(
+            self.kv, self._slots, self.chunks, balloon, copies, self._room_to_return, self._back_returning
+        )
 
     @property
     def num_free_slots(self) -> int:
@@ -161,54 +162,12 @@ class MemoryPool:
         """A slot for a sequence of so many tokens, on what there is of it; None if there is no slot."""
         opened = self._slots.open(match, chain, num_tokens)
         if opened is not None:
-            self._kv_tokens[opened.slot] = opened.num_tokens
+            self._slots.num_tokens[opened.slot] = opened.num_tokens
         return opened
 
     def close_slot(self, slot: int, chain: TokenChain, tokens: Sequence[int]) -> None:
         """Give a slot back, with KV of `tokens` in it. It is kept until somebody needs the memory."""
-        self._kv_tokens[slot] = 0
         self._slots.close(slot, chain, tokens)
-
-    def park(self, slot: int, backing: Backing, num_tokens: int, num_chunks: int) -> bool:
-        """Begin to move a live sequence of so many tokens off the device; False if it cannot be."""
-        if self.parking is None or not self.parking.park(backing, slot, num_tokens, num_chunks):
-            return False
-        self._kv_tokens[slot] = 0
-        return True
-
-    def bring_back(self, backing: Backing, num_reserved: int) -> bool:
-        """Begin to bring a parked sequence back, if so many chunks of room are left beside it."""
-        if self.parking is None or self.num_lacking(backing, num_reserved) > 0:
-            return False
-        return self.parking.bring_back(backing)
-
-    def num_lacking(self, backing: Backing, num_reserved: int) -> int:
-        """Chunks that there is too little room for a parked sequence to come back; negative if there is more."""
-        if self.parking is None:
-            return 0
-        room = self.room_for_kv(*self._usual_step) - self.parking.num_idle_of(backing)
-        return self.parking.num_to_bring(backing) + num_reserved - room
-
-    def discard(self, backing: Backing) -> tuple[int | None, int]:
-        """A sequence gives up what it has in the balloon; the slot that a parked one still has, to be closed,
-        and the tokens whose KV is there.
-        """
-        if self.parking is not None:
-            self.parking.discard(backing)
-        slot, backing.slot = backing.slot, None
-        return slot, backing.first * self.kv.geometry.tokens_per_chunk
-
-    def returned(self, backing: Backing, chain: TokenChain, num_tokens: int) -> int:
-        """A sequence that was brought back has arrived, with KV of so many tokens; its slot."""
-        slot = backing.slot
-        if slot is None or self.parking is None:
-            raise ConservationError("a sequence came back into no slot")
-        backing.slot = None
-        self._kv_tokens[slot] = num_tokens
-        self.prefixes.computed(slot, num_tokens)
-        self.prefixes.known(slot, chain)
-        self.parking.forget_tail(backing, num_tokens // self.kv.geometry.tokens_per_chunk)
-        return slot
 
     def reserve(self, growth: Sequence[tuple[int, int]], num_tokens: int, num_rows: int) -> bool:
         """Back everything a step needs, or nothing.
@@ -230,7 +189,7 @@ class MemoryPool:
             return False
         for slot, tokens in growth:
             self.kv.grown(slot, tokens)
-            self._kv_tokens[slot] = tokens
+            self._slots.num_tokens[slot] = tokens
         self._steps.append((num_tokens, num_rows))
         self._step_chunks = self.arena.chunks_for(num_tokens, num_rows)
         return True
@@ -304,7 +263,7 @@ class MemoryPool:
             warm=chunks.num_warm,
             balloon=self.parking.balloon.num_used if self.parking else 0,
             created=chunks.num_created,
-            kv_tokens=sum(self._kv_tokens),
+            kv_tokens=sum(self._slots.num_tokens),
             driver_calls=self._vm.num_calls,
             driver_calls_beside=self._vm.num_calls_beside,
         )
@@ -341,6 +300,10 @@ class MemoryPool:
     def _usual_step(self) -> tuple[int, int]:
         """Tokens and rows of the largest of the last steps."""
         return max(self._steps)
+
+    def _room_to_return(self) -> int:
+        """Chunks that a parked sequence may take: what prompts compute in is left to them."""
+        return self.room_for_kv(*self._usual_step)
 
     def _back_returning(self, wanted: Sequence[tuple[VirtualTensor, int]]) -> bool:
         return self._back(wanted, self.arena.chunks_for(*self._usual_step))

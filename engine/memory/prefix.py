@@ -234,10 +234,10 @@ class PrefixCache:
         return len(slot.blocks)
 
     def num_kept(self, number: int) -> int:
-        """Leading blocks of a live slot that stay where they are if its sequence is parked: others read them."""
-        slot = self._slots[number]
-        read = [index for index, block in enumerate(slot.blocks) if block.users > 1]
-        return max(slot.shared, slot.num_read(self._per_block), read[-1] + 1 if read else 0)
+        """Leading blocks of a live slot that stay if its sequence is parked: others read or hold them too."""
+        slot, own = self._slots[number], {number}
+        also = [at for at, block in enumerate(slot.blocks) if block.users > 1 or block.holders != own]
+        return max(slot.num_read(self._per_block), also[-1] + 1 if also else 0)
 
     def park(self, number: int) -> None:
         """The sequence of a live slot leaves the device. What only it reads is taken out of the slot, and

@@ -127,9 +127,7 @@ class SimulatedEngine:
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192)
         memory = memory or MemoryConfig(enable_prefix_caching=False)
-        config = EngineConfig(
-            ModelSource("simulated", "nowhere"), memory, scheduler, slo=slo or SloConfig()
-        )
+        config = EngineConfig(ModelSource("simulated", "nowhere"), memory, scheduler, slo=slo or SloConfig())
         self.clock = VirtualClock()
         self.device = _Device(device, self.clock)
         geometry = KvGeometry.choose(32, 8, 128, 2, _CHUNK_BYTES, None, 128)
