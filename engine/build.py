@@ -134,7 +134,7 @@ def _add_balloon(pool: MemoryPool, memory: MemoryConfig, device: torch.device, v
     else:
         copies = ThreadCopies(vm.chunk_bytes)
     balloon = Balloon(
-        PinnedSlabs() if on_gpu else PlainSlabs(),
+        PinnedSlabs(device) if on_gpu else PlainSlabs(),
         vm.chunk_bytes,
         num_chunks,
         min(num_chunks, max(1, memory.balloon_slab_bytes // vm.chunk_bytes)),

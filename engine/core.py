@@ -41,6 +41,7 @@ from engine.parts import OutsideMemory, PendingTokens, Runner, TokenSampler
 from engine.requests import check_request
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
+from engine.step_times import StepWork
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class _Launched:
     step: int
     sequences: list[EngineSequence]
     tokens: PendingTokens
+    work: StepWork
+    launched_s: float
 
 
 class Engine:
@@ -110,6 +113,7 @@ class Engine:
         self.steps_ahead = steps_ahead
         self._in_flight: deque[_Launched] = deque()
         self._deposit = Deposit()
+        self._done_s = clock()  # when the newest step was read
         self._outside = outside
         self._inbox: deque[GenerateRequest | str | _Trim] = deque()
         self._wake = threading.Event()
@@ -314,7 +318,8 @@ class Engine:
         except torch.OutOfMemoryError as error:
             self._give_up(plan, error)
             return
-        self._in_flight.append(_Launched(plan.step, self._scheduler.launched(plan), tokens))
+        sampling = self._scheduler.launched(plan)
+        self._in_flight.append(_Launched(plan.step, sampling, tokens, StepWork.of(plan), self._clock()))
 
     def _give_up(self, plan: StepPlan, error: Exception) -> None:
         """A step whose temporaries, outside the pool, did not fit: only the newest request pays.
@@ -337,6 +342,9 @@ class Engine:
         while len(self._in_flight) > but:
             launched = self._in_flight.popleft()
             results = launched.tokens.wait()
+            now_s = self._clock()
+            self._scheduler.step_times.observe(launched.work, now_s - max(launched.launched_s, self._done_s))
+            self._done_s = now_s
             self._pool.finished(launched.step)
             self._num_steps += 1
             self._commit(launched.sequences, results)

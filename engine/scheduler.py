@@ -21,12 +21,14 @@ from engine.draft import Draft
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
 from engine.messages import FinishReason, StepPlan, TokenDelta, TokenLogprobs
-from engine.pace import Pace
+from engine.pace import Backlog, Pace, due_in_s
 from engine.sequence import Sequence, State
+from engine.step_times import StepTimes
 from engine.turns import Turns
 from engine.waiting import WaitingLine
 
 _NO_DRAFT = -1
+_URGENT = 32  # waiting requests whose deadlines are looked at
 
 
 class Scheduler:
@@ -53,7 +55,8 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
         self._admission = Admission(config.max_overtaken, pool, max_model_len)
-        self._pace = Pace(config)
+        self.step_times = StepTimes()
+        self._pace = Pace(config, self.step_times)
         self._clock = clock
         self.turns = Turns(config, pool)
         self._waiting = WaitingLine(pool, by_deadline=config.policy == "slo")
@@ -111,10 +114,11 @@ class Scheduler:
         Side effects: preempts sequences, opens slots for admitted ones. Backs no memory.
         """
         self._num_drafts += 1
-        self._take_turns()
+        now_s = self._clock()
+        self._take_turns(now_s)
         running = self._decodable()
         draft = Draft(
-            self._num_drafts, self._pool, self._step_tokens(len(running)), self._config.largest_step
+            self._num_drafts, self._pool, self._step_tokens(running, now_s), self._config.largest_step
         )
         is_short = self._add_running(draft, running)
         self._add_prefilling(draft)
@@ -198,28 +202,37 @@ class Scheduler:
             if end > kv.end(seq.held_slot) * per_block:
                 yield seq.held_slot, end
 
-    def _step_tokens(self, num_decodes: int) -> int:
+    def _step_tokens(self, running: list[Sequence], now_s: float) -> int:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
-        prompts = (seq for seq in self._active if seq.state is State.PREFILLING)
-        next_lacks, all_lack = 0, 0
+        prompts = [(seq, seq.num_tokens - seq.num_computed) for seq in self._active if not seq.is_decoding]
+        first = prompts[0][0].num_tokens - prompts[0][0].num_found if prompts else 0
+        tokens = sum([lacks for _, lacks in prompts])
         if self._waiting and not self._is_held_up:
-            next_lacks, all_lack = self._waiting[0].num_lacking, self._waiting.num_lacking_tokens
-        return num_decodes + self._pace.prompt_tokens(num_decodes, prompts, next_lacks, all_lack)
+            first = first or self._waiting[0].num_lacking
+            tokens += self._waiting.num_lacking_tokens
+            prompts += [(seq, seq.num_lacking) for seq in self._waiting.first(_URGENT)]
+        due: list[tuple[int, float]] = []
+        if self._config.policy == "slo":
+            due = sorted([(lacks, due_in_s(seq, now_s)) for seq, lacks in prompts], key=lambda one: one[1])
+        bearable_s = self.turns.bearable_s(running, now_s) if due else 0.0
+        return len(running) + self._pace.prompt_tokens(running, Backlog(first, tokens, due), bearable_s)
 
     def _decodable(self) -> list[Sequence]:
         return [seq for seq in self._active if seq.state is State.RUNNING and not self._is_complete(seq)]
 
-    def _take_turns(self) -> None:
+    def _take_turns(self, now_s: float) -> None:
         """Sequences that were parked come back, and others are parked for them or for waiting prompts."""
-        turns, now_s = self.turns, self._clock()
+        turns = self.turns
         turns.tick(now_s, bool(self._active))
         if self._pool.parking is None:
             return
         for seq in turns.settle():
             self._return(seq)
-        for seq, num_chunks in turns.victims(now_s, self._decodable(), self._num_lacking):
+        for seq, num_chunks in turns.victims(
+            now_s, self._active, self._decodable(), self._num_lacking
+        ):
             self._try_park(seq, num_chunks)
-        turns.bring_back(now_s, self._num_lacking, len(self._active))
+        turns.bring_back(now_s, self._num_lacking, self._active)
 
     def _try_park(self, seq: Sequence, num_chunks: int) -> bool:
         """Move a running sequence off the device, if the balloon has room for it."""
@@ -249,12 +262,15 @@ class Scheduler:
                     # Enough may be free once the step or the copy in flight ends; what another victim gave
                     # up would not be free sooner. Until then this sequence and the later ones sit out.
                     return True
-                victim = self._active[-1]  # never one already in the draft: those arrived earlier
-                if victim.state is not State.RUNNING or not self._try_park(
-                    victim, draft.num_missing([one for one in running if one.state is State.RUNNING])
-                ):
-                    self.preempt(victim)
+                self._make_way(draft, [one for one in running if one.state is State.RUNNING])
         return is_short
+
+    def _make_way(self, draft: Draft, running: list[Sequence]) -> None:
+        """Take memory from a sequence that is not in the draft: those in it arrived earlier."""
+        drafted = {id(seq) for seq, _, _ in draft.pieces}
+        victim = self.turns.furthest_ahead([seq for seq in running if id(seq) not in drafted], self._clock())
+        if not self._try_park(victim, draft.num_missing(running)):
+            self.preempt(self._active[-1])
 
     def _add_prefilling(self, draft: Draft) -> None:
         for seq in self._active:

@@ -9,8 +9,10 @@ LayerKV's bound (section 3.1, Eq. 1), with what finished requests have generated
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Sequence as Sequences
+from collections.abc import Callable
+from collections.abc import Sequence as Sequences
 
 from engine.config import SchedulerConfig
 from engine.memory.parking import Parking
@@ -40,6 +42,7 @@ class Turns:
         self._parked: list[Sequence] = []
         self._returning: Sequence | None = None
         self._lengths: deque[int] = deque(maxlen=_REMEMBERED)
+        self._mean_length = 0.0
         self._step_s = 0.0
         self._last_s: float | None = None
         self.num_parkings = 0
@@ -123,6 +126,7 @@ class Turns:
     def finished(self, seq: Sequence) -> None:
         """A request was answered in full: the forecast learns from its length."""
         self._lengths.append(len(seq.output_token_ids))
+        self._mean_length = sum(self._lengths) / len(self._lengths)
 
     def runway_s(self, seq: Sequence, now_s: float) -> float:
         """Seconds until the client of a sequence waits for the next token, at the pace it was promised."""
@@ -132,23 +136,26 @@ class Turns:
         """Seconds a sequence may lose and still keep its mean time per token, by forecast."""
         return self.runway_s(seq, now_s) + self._num_left(seq) * max(0.0, seq.tpot_slo_s - self._step_s)
 
-    def victims(self, now_s: float, running: Iterable[Sequence], lacking: int) -> list[tuple[Sequence, int]]:
+    def victims(
+        self, now_s: float, active: Sequences[Sequence], running: Sequences[Sequence], lacking: int
+    ) -> list[tuple[Sequence, int]]:
         """Running sequences to park, and the chunks each should free, for others to compute.
 
         Args:
+            active: all that have a slot, prompts included.
             lacking: chunks that the next waiting request lacks; 0 if it does not wait for memory.
         """
         parking = self._pool.parking
         if parking is None or not self._takes_turns:
             return []
-        ahead = sorted(running, key=lambda seq: self._worth(seq, now_s), reverse=True)
+        if lacking <= 0 and (self._returning is not None or parking.num_leaving or not self._parked):
+            return []
+        ahead = sorted(running, key=self._order(now_s), reverse=True)
         if lacking > 0:
             return self._for_prompts(now_s, ahead, lacking - parking.num_leaving)
-        if self._returning is None and not parking.num_leaving and not self._is_full:
-            return self._for_next(now_s, ahead)
-        return []
+        return [] if self._is_full else self._for_next(now_s, ahead, active)
 
-    def bring_back(self, now_s: float, lacking: int, num_running: int) -> None:
+    def bring_back(self, now_s: float, lacking: int, active: Sequences[Sequence]) -> None:
         """Let the parked sequence that is furthest behind come back, if there is room for it.
 
         A prompt that waits for memory goes first, unless the sequence's mean time per token is at stake.
@@ -158,7 +165,7 @@ class Turns:
         seq = self._next(now_s)
         if seq is None or (lacking > 0 and self._takes_turns and self.slack_s(seq, now_s) > 0):
             return
-        if self._parking.bring_back(seq.backing, self._reserve(num_running)):
+        if self._parking.bring_back(seq.backing, self._reserve(active)):
             self._returning = seq
 
     def bring_back_any(self, now_s: float) -> bool:
@@ -168,6 +175,17 @@ class Turns:
                 self._returning = seq
                 return True
         return False
+
+    def furthest_ahead(self, running: Sequences[Sequence], now_s: float) -> Sequence:
+        """The one of these that others may take the place of first."""
+        return max(running, key=self._order(now_s))
+
+    def bearable_s(self, running: Sequences[Sequence], now_s: float) -> float:
+        """How long a step may be: endlessly, unless somebody's mean time per token is at stake by then."""
+        slacks = sorted([self.slack_s(seq, now_s) for seq in running])
+        if not slacks or slacks[len(slacks) // 20] > _AT_STAKE_S:
+            return math.inf
+        return min(seq.tpot_slo_s for seq in running)
 
     def _for_prompts(
         self, now_s: float, ahead: Sequences[Sequence], lacking: int
@@ -181,7 +199,9 @@ class Turns:
                 lacking -= self._pool.kv.num_own_chunks(seq.held_slot)
         return chosen
 
-    def _for_next(self, now_s: float, ahead: Sequences[Sequence]) -> list[tuple[Sequence, int]]:
+    def _for_next(
+        self, now_s: float, ahead: Sequences[Sequence], active: Sequences[Sequence]
+    ) -> list[tuple[Sequence, int]]:
         """The one that is furthest ahead, if that is a whole turn further than the parked one that is next."""
         seq = self._next(now_s)
         if seq is None or not ahead:
@@ -189,12 +209,12 @@ class Turns:
         turn_s = self._turn_tokens * ahead[0].tpot_slo_s
         if self.runway_s(ahead[0], now_s) - self.runway_s(seq, now_s) < turn_s:
             return []
-        lacking = self._parking.num_lacking(seq.backing, self._reserve(len(ahead)))
+        lacking = self._parking.num_lacking(seq.backing, self._reserve(active))
         return [(ahead[0], lacking)] if lacking > 0 else []
 
     def _next(self, now_s: float) -> Sequence | None:
         settled = [seq for seq in self._parked if not seq.backing.is_leaving]
-        return min(settled, key=lambda seq: self._worth(seq, now_s), default=None)
+        return min(settled, key=self._order(now_s), default=None)
 
     @property
     def _is_full(self) -> bool:
@@ -205,26 +225,31 @@ class Turns:
         held = sum(seq.backing.num_rows for seq in self._parked) * self._pool.kv.geometry.num_groups
         return held > _FULL * parking.balloon.num_logical
 
-    def _worth(self, seq: Sequence, now_s: float) -> tuple[bool, float]:
-        """The order in which sequences should be on the device, the first first: those whose client's mean
+    def _order(self, now_s: float) -> Callable[[Sequence], tuple[bool, float]]:
+        """The key by which sequences should be on the device, the smallest first: those whose client's mean
         time per token is at stake, then those whose client waits soonest. With the balloon nearly full those
         that will end soonest, since what they hold lets others in.
         """
         if not self._is_full:
-            return False, self.runway_s(seq, now_s)
-        at_stake = self.slack_s(seq, now_s) < _AT_STAKE_S or self.runway_s(seq, now_s) < -_LONGEST_PAUSE_S
-        return not at_stake, self._num_left(seq)
+            return lambda seq: (False, self.runway_s(seq, now_s))
 
-    def _reserve(self, num_running: int) -> int:
-        """Room to leave beside a sequence that comes back, for those that run to grow into."""
-        if not num_running:
+        def key(seq: Sequence) -> tuple[bool, float]:
+            pauses = self.runway_s(seq, now_s) < -_LONGEST_PAUSE_S
+            return not (pauses or self.slack_s(seq, now_s) < _AT_STAKE_S), self._num_left(seq)
+
+        return key
+
+    def _reserve(self, active: Sequences[Sequence]) -> int:
+        """Room to leave beside a sequence that comes back, for prompts that have begun and others to grow."""
+        if not active:
             return 0
-        groups = self._pool.kv.geometry.num_groups
-        return max(groups, self._pool.chunks.total // 100)
+        kv = self._pool.kv
+        prompts = [(seq.held_slot, seq.num_tokens) for seq in active if seq.state is State.PREFILLING]
+        return kv.num_missing(prompts) + max(kv.geometry.num_groups, self._pool.chunks.total // 100)
 
     def _num_left(self, seq: Sequence) -> float:
         """Tokens that a sequence is expected to generate yet."""
         most = seq.sampling.max_tokens - seq.num_outputs
         if len(self._lengths) < _ENOUGH:
             return most / 2
-        return min(most, max(0.0, sum(self._lengths) / len(self._lengths) - seq.num_outputs))
+        return min(most, max(0.0, self._mean_length - seq.num_outputs))
