@@ -39,7 +39,7 @@ class Admission:
         With more conversations than memory holds, first come first served would give up each one's KV
         just before its next turn, and compute everything again.
         """
-        head = waiting[0]
+        head = waiting.head
         if head.num_in_flight:  # preempted a moment ago, and what to compute again is not known yet
             return None
         match = self._match(head, draft)
@@ -53,7 +53,7 @@ class Admission:
         return head, match
 
     def must_wait(self, seq: Sequence, match: Match | None, draft: Draft) -> bool:
-        """Whether something better is coming for a waiting sequence: KV that a live one is about to compute."""
+        """Whether to wait for KV that a live sequence is about to compute anyway."""
         return self._pool.prefixes.must_wait(seq.chain, match, seq.num_tokens, draft.number)
 
     def num_lacking(self, seq: Sequence, match: Match | None, active: list[Sequence], draft: Draft) -> int:

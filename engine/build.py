@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from engine.config import MIB, EngineConfig, MemoryConfig, SchedulerConfig
-from engine.core import Engine, Publish
+from engine.core import Engine
 from engine.errors import ConfigError
 from engine.footprint import Footprint
 from engine.memory.arena import BufferSpec, activation_bytes
@@ -37,6 +37,7 @@ from engine.model.loader import LoadedModel, ModelFacts, load_model, read_model
 from engine.model.runner import ModelRunner
 from engine.model.sampler import Sampler, SampleRow
 from engine.model.warm_up import compile_kernels
+from engine.outlet import Publish
 from engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)

@@ -128,6 +128,9 @@ class SchedulerConfig:
         on_overload: `queue` lets requests wait however long the line is, up to `max_num_queued_reqs`;
             `shed` refuses at once those whose first token would come too late, with the time after which
             one more would be in time.
+        feedback_window, feedback_breaches, feedback_factor, feedback_dwell_steps: if so many of that many
+            steps were too late for somebody, the room for new prompts in the balloon, and in a step, changes
+            by that factor, and then not for so many steps (eLLM: 5, 3, 2).
     """
 
     max_num_seqs: int = 64
@@ -141,6 +144,10 @@ class SchedulerConfig:
     turn_tokens: int = 64
     deposit: bool = True
     on_overload: OnOverload = "queue"
+    feedback_window: int = 5
+    feedback_breaches: int = 3
+    feedback_factor: float = 2.0
+    feedback_dwell_steps: int = 20
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -154,6 +161,15 @@ class SchedulerConfig:
             raise ConfigError(f"prefill_piece_tokens must be at least 1, not {self.prefill_piece_tokens}")
         if self.prefill_spread_steps < 1:
             raise ConfigError(f"prefill_spread_steps must be at least 1, not {self.prefill_spread_steps}")
+        if not 1 <= self.feedback_breaches <= self.feedback_window:
+            raise ConfigError(
+                f"feedback_breaches must be 1 to feedback_window ({self.feedback_window}), not "
+                f"{self.feedback_breaches}"
+            )
+        if self.feedback_factor <= 1:
+            raise ConfigError(f"feedback_factor must be above 1, not {self.feedback_factor}")
+        if self.feedback_dwell_steps < 0:
+            raise ConfigError(f"feedback_dwell_steps must be at least 0, not {self.feedback_dwell_steps}")
         if self.turn_tokens < 1:
             raise ConfigError(f"turn_tokens must be at least 1, not {self.turn_tokens}")
         if self.max_overtaken < 0:

@@ -13,7 +13,6 @@ first. Nothing else writes to sequences, slots or chunks.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import EngineConfig
-from engine.deposit import Deposit
 from engine.errors import EngineDeadError, OverloadedError, RequestError
 from engine.memory.blocks import TokenChain
 from engine.memory.pool import MemoryPool
@@ -37,19 +35,19 @@ from engine.messages import (
     TokenDelta,
 )
 from engine.model.sampler import Sampled, SampleRow
+from engine.outlet import Entry, Outlet, Publish
 from engine.parts import OutsideMemory, PendingTokens, Runner, TokenSampler
-from engine.requests import check_request
+from engine.requests import check_in_time, check_request
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
+from engine.sequence import new_sequence
+from engine.snapshots import take_snapshot
 from engine.step_times import StepWork
 
 logger = logging.getLogger(__name__)
 
 _ASK_AGAIN_STEPS = 256  # a few seconds: another process may have given device memory back
 _MAP_TRIES = 3
-_LONGEST_GAP_S = 5.0  # between finished requests; a longer one was idle time, not load
-
-Publish = Callable[[Sequence[TokenDelta]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +106,10 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._sampler = sampler
-        self._publish = publish
+        self._outlet = Outlet(publish, clock)
         self._clock = clock
         self.steps_ahead = steps_ahead
         self._in_flight: deque[_Launched] = deque()
-        self._deposit = Deposit()
         self._done_s = clock()  # when the newest step was read
         self._outside = outside
         self._inbox: deque[GenerateRequest | str | _Trim] = deque()
@@ -121,8 +118,6 @@ class Engine:
         self._open: set[str] = set()  # submitted and not ended; both threads change it, behind the door
         self._num_steps = 0
         self._last_step_s = 0.0
-        self._request_s = 1.0  # recent seconds between two finished requests, smoothed
-        self._last_finish_s = clock()
         self._last_busy_s: float | None = clock()  # None once idle memory has been given back
         self._death: BaseException | None = None
         self.snapshot = self._take_snapshot()
@@ -132,7 +127,7 @@ class Engine:
 
         Raises:
             RequestError: it cannot be served as asked; nothing has been queued.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue is full, or the first token would come too late.
             EngineDeadError: the loop has ended.
         """
         check_request(request, self.info)
@@ -143,13 +138,25 @@ class Engine:
                 raise OverloadedError(
                     f"{limits.max_num_seqs} requests run and {limits.max_num_queued_reqs} wait, which is all "
                     f"that {self.info.model_id} takes",
-                    max(1.0, self._request_s),
+                    max(1.0, self._outlet.request_s),
                 )
+            self._check_in_time(request)
             if request.request_id in self._open:
                 raise RequestError(f"a request with the id {request.request_id!r} is still open")
             self._open.add(request.request_id)
             self._inbox.append(request)
         self._wake.set()
+
+    def _check_in_time(self, request: GenerateRequest) -> None:
+        """Raise OverloadedError if the first token would come too late, where that is not served."""
+        if self._config.scheduler.on_overload == "shed":
+            queued = [order for order in list(self._inbox) if isinstance(order, GenerateRequest)]
+            tokens = sum(len(one.prompt_token_ids) for one in (*queued, request))
+            try:
+                check_in_time(request, self._config.slo, self._scheduler.expected_ttft_s(tokens))
+            except OverloadedError:
+                self._scheduler.turns.decisions["shed"] += 1
+                raise
 
     def cancel(self, request_id: str) -> None:
         """End a request at the top of the next step. Unknown ids are ignored: it may just have ended."""
@@ -202,7 +209,7 @@ class Engine:
                     lost.append(order.request_id)
                 elif isinstance(order, _Trim):
                     order.freed.cancel()
-        self._publish([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost])
+        self._outlet.end([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost])
 
     def step(self) -> bool:
         """One turn: launch the next step, then read and commit those before it; False if idle."""
@@ -247,7 +254,8 @@ class Engine:
         while self._inbox:
             order = self._inbox.popleft()
             if isinstance(order, GenerateRequest):
-                self._scheduler.add(self._new_sequence(order))
+                chain = TokenChain(order.cache_salt, self._pool.kv.geometry.tokens_per_chunk)
+                self._scheduler.add(new_sequence(order, self._clock(), chain, self._config.slo))
             elif isinstance(order, _Trim):
                 if order.freed.set_running_or_notify_cancel():
                     freed = self._give_back(order.drops_cache)
@@ -256,18 +264,6 @@ class Engine:
             elif (seq := self._scheduler.get(order)) is not None:
                 self._end(seq, "cancelled")
         return busy
-
-    def _new_sequence(self, request: GenerateRequest) -> EngineSequence:
-        seed = request.sampling.seed
-        slo, ttft_s, tpot_s = self._config.slo, request.ttft_slo_s, request.tpot_slo_s
-        return EngineSequence(
-            request,
-            secrets.randbits(63) if seed is None else seed,
-            self._clock(),
-            TokenChain(request.cache_salt, self._pool.kv.geometry.tokens_per_chunk),
-            ttft_slo_s=slo.ttft_ms / 1e3 if ttft_s is None else ttft_s,
-            tpot_slo_s=slo.tpot_ms / 1e3 if tpot_s is None else tpot_s,
-        )
 
     def _schedule_and_reserve(self) -> StepPlan | None:
         """The next plan with everything it needs in place.
@@ -367,39 +363,24 @@ class Engine:
     def _end(self, seq: EngineSequence, reason: FinishReason, message: str | None = None) -> None:
         self._publish_all([(self._scheduler.finish(seq, reason, message), 0.0)])
 
-    def _publish_all(self, entries: list[tuple[TokenDelta, float]]) -> None:
+    def _publish_all(self, entries: list[Entry]) -> None:
         """Hand deltas out, each with the time it was promised for, or hold them back till then."""
         ended = [delta.request_id for delta, _ in entries if delta.finish_reason is not None]
         if ended:
             with self._door:
                 self._open.difference_update(ended)
-            now = self._clock()
-            gap = min(now - self._last_finish_s, _LONGEST_GAP_S)
-            self._request_s += 0.1 * (gap - self._request_s)
-            self._last_finish_s = now
-        holds_back = self._config.scheduler.deposit and self._scheduler.takes_turns
-        deltas = self._deposit.pass_on(entries, self._clock(), holds_back)
-        if deltas:
-            self._publish(deltas)
+        self._outlet.put(entries, self._config.scheduler.deposit and self._scheduler.takes_turns)
 
     def _take_snapshot(self) -> EngineSnapshot:
-        scheduler, memory = self._scheduler, self._pool.snapshot()
-        return EngineSnapshot(
-            model_id=self.info.model_id,
-            monotonic_s=self._clock(),
-            num_waiting=scheduler.num_waiting,
-            num_running=scheduler.num_running,
-            num_parked=scheduler.num_parked,
-            num_parkings=scheduler.turns.num_parkings,
-            num_steps=self._num_steps,
-            num_preemptions=scheduler.num_preemptions,
-            prompt_tokens=scheduler.prompt_tokens,
-            generated_tokens=scheduler.generated_tokens,
-            finished=tuple(scheduler.finished.items()),
-            last_step_s=self._last_step_s,
-            memory=self._outside.describe(memory) if self._outside else memory,
-            prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits,
+        memory = self._pool.snapshot()
+        return take_snapshot(
+            self.info.model_id,
+            self._scheduler,
+            self._outside.describe(memory) if self._outside else memory,
+            self._clock(),
+            self._num_steps,
+            self._last_step_s,
+            self._outlet.num_deposited,
         )
 
 

@@ -33,6 +33,11 @@ class Draft:
         return [(seq.held_slot, seq.num_computed + count) for seq, count, _ in self.pieces]
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of pieces of prompts."""
+        return sum([count for seq, count, _ in self.pieces if not seq.is_decoding])
+
+    @property
     def tokens_left(self) -> int:
         """Tokens the step may still gain."""
         return (self._max_tokens if self._has_decodes else self._largest_step) - self.num_tokens

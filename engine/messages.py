@@ -236,6 +236,8 @@ class MemorySnapshot:
             (a part of `free`).
         created: chunks with physical memory behind them; the rest is address space only.
         balloon: chunks of host memory that hold KV.
+        balloon_logical, balloon_physical: chunks that new requests may send others to, and that there are.
+        copied_out_bytes, copied_in_bytes: between the device and the balloon, since start.
         kv_tokens: tokens whose KV is held by live sequences.
         driver_calls: create, map, unmap and release calls since start, in the engine's thread.
         driver_calls_beside: those made by the mapping thread, beside the steps.
@@ -257,6 +259,10 @@ class MemorySnapshot:
     driver_calls: int
     driver_calls_beside: int = 0
     balloon: int = 0
+    balloon_logical: int = 0
+    balloon_physical: int = 0
+    copied_out_bytes: int = 0
+    copied_in_bytes: int = 0
     weight_bytes: int = 0
     graph_bytes: int = 0
     workspace_bytes: int = 0
@@ -274,6 +280,11 @@ class EngineSnapshot:
             of them that were found.
         num_parked: sequences whose KV is in the balloon, or on its way there or back.
         num_parkings: how often a sequence was parked so far.
+        num_deposited: tokens held back, because they are ahead of the pace that their clients were promised.
+        expected_ttft_s: how long a new request would wait for its first token, by the newest rate of prompts.
+        decisions: how often what was decided, by name: `park_for_prompt`, `park_for_turn`, `park_for_growth`,
+            `return`, `recompute` (memory was taken and the balloon had no room), `shed`, and the balloon's
+            logical size, `deflate` (next tokens late) and `inflate` (first tokens late).
     """
 
     model_id: str
@@ -291,6 +302,9 @@ class EngineSnapshot:
     prefix_hits: int = 0
     num_parked: int = 0
     num_parkings: int = 0
+    num_deposited: int = 0
+    expected_ttft_s: float = 0.0
+    decisions: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How many prompt tokens a step takes while sequences decode. Owns nothing but what it learns of step times."""
+"""How many prompt tokens a step takes while sequences decode. Owns nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from engine.config import SchedulerConfig
 from engine.sequence import Sequence
 from engine.step_times import StepTimes, StepWork
+from engine.waiting import WaitingLine
 
 # A step that reads the weights anyway has time to compute so many tokens: 266 in bf16 on an H100 (798 TFLOP/s
 # over 3.0 TB/s), 160 to 320 on other GPUs. Decodes need some of it, prompts may have the rest.
@@ -18,6 +19,7 @@ _TOKENS_OF_A_READ = 256
 _LEAST = 2 * _TOKENS_OF_A_READ
 _SHARE_OF_FIRST = 4  # a prompt by itself is spread over a quarter of the steps
 _AIM = 0.5  # of the time to the first token that is promised: the rest is for what nobody foresees
+_URGENT = 32  # waiting requests whose deadlines are looked at
 
 
 class Backlog(NamedTuple):
@@ -53,14 +55,19 @@ class Pace:
         self._spread_steps = config.prefill_spread_steps
         self._times = times
 
-    def prompt_tokens(self, running: Sequences[Sequence], backlog: Backlog, bearable_s: float) -> int:
+    def prompt_tokens(
+        self, running: Sequences[Sequence], backlog: Backlog, bearable_s: float, share: float = 1.0
+    ) -> int:
         """Tokens that the next step may compute of prompts, beside the sequences that decode.
 
         Args:
+            share: of the largest step, if somebody decodes.
             bearable_s: how long a step may be for the sequences that decode; deadlines of prompts do not make
                 it longer.
         """
         most = self._most - len(running)
+        if running:
+            most = max(min(most, _LEAST), int(most * share))
         steps = self._spread_steps * (1 - len(running) / _TOKENS_OF_A_READ)
         if steps <= 1:
             return most
@@ -86,6 +93,27 @@ class Pace:
         return max(0.0, min(wanted, bearable))
 
 
-def due_in_s(seq: Sequence, now_s: float) -> float:
-    """Seconds until the first token of a prompt should be there."""
-    return seq.arrival_s + _AIM * seq.ttft_slo_s - now_s
+def backlog_of(begun: Sequences[Sequence], waiting: WaitingLine | None, now_s: float | None) -> Backlog:
+    """The prompts that could be computed now.
+
+    Args:
+        begun: in order of arrival.
+        waiting: None if nobody waits, or for something else.
+        now_s: None if deadlines are not looked at.
+    """
+    prompts = [(seq, seq.num_tokens - seq.num_computed) for seq in begun]
+    first = begun[0].num_tokens - begun[0].num_found if begun else 0
+    tokens = sum([lacks for _, lacks in prompts])
+    if waiting:
+        first = first or waiting.head.num_lacking
+        tokens += waiting.num_lacking_tokens
+        prompts += [(seq, seq.num_lacking) for seq in waiting.first(_URGENT)]
+    if now_s is None:
+        return Backlog(first, tokens)
+    # Those that are late already would hurry everything for nothing.
+    due = [
+        (lacks, seq.arrival_s + _AIM * seq.ttft_slo_s - now_s)
+        for seq, lacks in prompts
+        if seq.arrival_s + seq.ttft_slo_s >= now_s
+    ]
+    return Backlog(first, tokens, sorted(due, key=lambda one: one[1]))

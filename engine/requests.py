@@ -1,8 +1,9 @@
-"""What of a request the model cannot do, found before anything is queued."""
+"""What of a request cannot be done, or not in time, found before anything is queued."""
 
 from __future__ import annotations
 
-from engine.errors import RequestError
+from engine.config import SloConfig
+from engine.errors import OverloadedError, RequestError
 from engine.messages import EngineInfo, GenerateRequest
 
 
@@ -33,3 +34,16 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
             raise RequestError(
                 f"{param} names token {outside[0]}, and the vocabulary has {info.vocab_size}", param
             )
+
+
+def check_in_time(request: GenerateRequest, slo: SloConfig, expected_s: float) -> None:
+    """Raise OverloadedError if a request's first token, expected in so many seconds, would come too late.
+
+    It says when one like it would be in time, if nobody else came meanwhile.
+    """
+    promised_s = slo.ttft_ms / 1e3 if request.ttft_slo_s is None else request.ttft_slo_s
+    if expected_s > promised_s:
+        raise OverloadedError(
+            f"the first token would take {expected_s:.1f} s, and {promised_s:.1f} s are promised",
+            expected_s - promised_s,
+        )

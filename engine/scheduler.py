@@ -21,14 +21,15 @@ from engine.draft import Draft
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
 from engine.messages import FinishReason, StepPlan, TokenDelta, TokenLogprobs
-from engine.pace import Backlog, Pace, due_in_s
+from engine.pace import Pace, backlog_of
+from engine.queue_time import QueueTime
 from engine.sequence import Sequence, State
 from engine.step_times import StepTimes
 from engine.turns import Turns
 from engine.waiting import WaitingLine
 
 _NO_DRAFT = -1
-_URGENT = 32  # waiting requests whose deadlines are looked at
+_NEVER_ALONE = 1.5  # a prompt takes so much longer than its tokens: decodes are computed beside it
 
 
 class Scheduler:
@@ -65,6 +66,8 @@ class Scheduler:
         self._free_seats = list(range(config.max_num_seqs))[::-1]
         self._is_held_up = False
         self._num_lacking = 0  # chunks that the next waiting request lacks
+        self._queue_time = QueueTime()
+        self._backlog = 0  # prompt tokens to be computed
         self._num_drafts = 0
         self._num_steps = 0
         self.num_preemptions = 0
@@ -83,11 +86,6 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold KV on the device and take part in steps."""
         return len(self._active)
-
-    @property
-    def num_parked(self) -> int:
-        """Sequences in the balloon, those on their way back included."""
-        return len(self.turns.parked)
 
     @property
     def takes_turns(self) -> bool:
@@ -131,6 +129,10 @@ class Scheduler:
         while not draft.pieces and len(self._active) > 1 and not self._is_unsettled():
             self.preempt(self._active[-1])  # several half-prefilled prompts hold everything: one yields
             self._add_prefilling(draft)
+        self._backlog = self._waiting.num_lacking_tokens + sum(
+            [seq.num_tokens - seq.num_computed for seq in self._active if not seq.is_decoding]
+        )
+        self._queue_time.step(now_s, draft.num_prompt_tokens, self._backlog)
         if not draft.pieces:
             return None
         self._num_steps += 1
@@ -204,39 +206,38 @@ class Scheduler:
 
     def _step_tokens(self, running: list[Sequence], now_s: float) -> int:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
-        prompts = [(seq, seq.num_tokens - seq.num_computed) for seq in self._active if not seq.is_decoding]
-        first = prompts[0][0].num_tokens - prompts[0][0].num_found if prompts else 0
-        tokens = sum([lacks for _, lacks in prompts])
-        if self._waiting and not self._is_held_up:
-            first = first or self._waiting[0].num_lacking
-            tokens += self._waiting.num_lacking_tokens
-            prompts += [(seq, seq.num_lacking) for seq in self._waiting.first(_URGENT)]
-        due: list[tuple[int, float]] = []
-        if self._config.policy == "slo":
-            due = sorted([(lacks, due_in_s(seq, now_s)) for seq, lacks in prompts], key=lambda one: one[1])
-        bearable_s = self.turns.bearable_s(running, now_s) if due else 0.0
-        return len(running) + self._pace.prompt_tokens(running, Backlog(first, tokens, due), bearable_s)
+        begun = [seq for seq in self._active if not seq.is_decoding]
+        waiting = None if self._is_held_up else self._waiting
+        backlog = backlog_of(begun, waiting, now_s if self._config.policy == "slo" else None)
+        turns = self.turns
+        bearable_s = turns.bearable_s(running, now_s) if backlog.due else 0.0
+        return len(running) + self._pace.prompt_tokens(running, backlog, bearable_s, turns.prompt_share)
+
+    def expected_ttft_s(self, num_tokens: int) -> float:
+        """Seconds until a request of so many tokens would have its first, if it came now. For any thread."""
+        return self._queue_time.seconds(self._backlog + num_tokens)
 
     def _decodable(self) -> list[Sequence]:
-        return [seq for seq in self._active if seq.state is State.RUNNING and not self._is_complete(seq)]
+        """Running sequences, but those whose tokens in flight are the last, whatever they turn out to be."""
+        longest = self._max_model_len
+        running = (seq for seq in self._active if seq.state is State.RUNNING)
+        return [seq for seq in running if seq.num_tokens < seq.longest(longest)]
 
     def _take_turns(self, now_s: float) -> None:
         """Sequences that were parked come back, and others are parked for them or for waiting prompts."""
         turns = self.turns
-        turns.tick(now_s, bool(self._active))
-        if self._pool.parking is None:
-            return
+        self._waiting.pass_time(now_s, self.step_times.per_prompt_token(0) * _NEVER_ALONE)
         for seq in turns.settle():
             self._return(seq)
-        for seq, num_chunks in turns.victims(
-            now_s, self._active, self._decodable(), self._num_lacking
-        ):
-            self._try_park(seq, num_chunks)
+        running = self._decodable()
+        turns.tick(now_s, running, self._waiting.is_late)
+        for seq, num_chunks, why in turns.victims(now_s, self._active, running, self._num_lacking):
+            self._try_park(seq, num_chunks, why)
         turns.bring_back(now_s, self._num_lacking, self._active)
 
-    def _try_park(self, seq: Sequence, num_chunks: int) -> bool:
+    def _try_park(self, seq: Sequence, num_chunks: int, why: str) -> bool:
         """Move a running sequence off the device, if the balloon has room for it."""
-        if not self.turns.park(seq, num_chunks):
+        if not self.turns.park(seq, num_chunks, why):
             return False
         self._active.remove(seq)
         return True
@@ -269,7 +270,7 @@ class Scheduler:
         """Take memory from a sequence that is not in the draft: those in it arrived earlier."""
         drafted = {id(seq) for seq, _, _ in draft.pieces}
         victim = self.turns.furthest_ahead([seq for seq in running if id(seq) not in drafted], self._clock())
-        if not self._try_park(victim, draft.num_missing(running)):
+        if not self._try_park(victim, draft.num_missing(running), "park_for_growth"):
             self.preempt(self._active[-1])
 
     def _add_prefilling(self, draft: Draft) -> None:
@@ -280,10 +281,10 @@ class Scheduler:
     def _add_piece(self, draft: Draft, seq: Sequence) -> bool:
         """As many of the sequence's next tokens as fit."""
         limit = self._config.prefill_piece_tokens or self._config.largest_step
-        for count in _halvings(min(seq.num_tokens - seq.num_computed, draft.tokens_left, limit)):
-            if draft.try_add(seq, count):
-                return True
-        return False
+        count = min(seq.num_tokens - seq.num_computed, draft.tokens_left, limit)
+        while count > 0 and not draft.try_add(seq, count):
+            count //= 2
+        return count > 0
 
     def _admit(self, draft: Draft) -> None:
         """Start waiting requests while the whole of what they know fits beside the draft."""
@@ -306,9 +307,9 @@ class Scheduler:
         opened = self._pool.open_slot(match, seq.chain, seq.num_tokens)
         if opened is None:
             return False
-        if self._waiting[0] is not seq:
-            self._waiting[0].num_overtaken += 1
-        self._waiting.remove(seq)
+        if self._waiting.head is not seq:
+            self._waiting.head.num_overtaken += 1
+        self._waiting.started(seq)
         seq.open(opened, self._free_seats.pop())
         seq.move(State.PREFILLING)
         insort(self._active, seq, key=_age)
@@ -348,10 +349,6 @@ class Scheduler:
         is_busy = self._pool.chunks.num_retiring > 0 or self.turns.is_moving
         return is_busy or any(seq.num_in_flight for seq in self._active)
 
-    def _is_complete(self, seq: Sequence) -> bool:
-        """Whether the tokens in flight are its last ones, whatever they turn out to be."""
-        return seq.num_outputs >= seq.sampling.max_tokens or seq.num_tokens >= self._max_model_len
-
     def _remove(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.state is State.WAITING:
             self._waiting.remove(seq)
@@ -365,13 +362,11 @@ class Scheduler:
         del self._by_id[seq.request_id]
 
     def _restart(self, seq: Sequence) -> None:
-        if seq.state is State.PARKED:
-            self._release_parked(seq)
-        else:
-            self._release(seq)
+        (self._release_parked if seq.state is State.PARKED else self._release)(seq)
         seq.move(State.WAITING)
         seq.num_preemptions += 1
         self.num_preemptions += 1
+        self.turns.decisions["recompute"] += 1
         self._waiting.add(seq)
 
     def _release(self, seq: Sequence, is_sound: bool = True) -> None:
@@ -403,9 +398,3 @@ class Scheduler:
 
 def _age(seq: Sequence) -> tuple[float, str]:
     return seq.arrival_s, seq.request_id
-
-
-def _halvings(count: int) -> Iterator[int]:
-    while count > 0:
-        yield count
-        count //= 2

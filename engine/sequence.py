@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.config import SloConfig
 from engine.memory.backing import Backing
 from engine.memory.blocks import Opened, TokenChain
 from engine.messages import PENDING_TOKEN, BlockCopy, GenerateRequest, SamplingParams
@@ -174,3 +176,16 @@ class Sequence:
                 f"sequence {self.request_id}: {self.state.value} -> {to.value} is not a legal move"
             )
         self.state = to
+
+
+def new_sequence(request: GenerateRequest, now_s: float, chain: TokenChain, slo: SloConfig) -> Sequence:
+    """A request that arrives now, with the promises of its own or those of the model."""
+    ttft_s, tpot_s, seed = request.ttft_slo_s, request.tpot_slo_s, request.sampling.seed
+    return Sequence(
+        request,
+        secrets.randbits(63) if seed is None else seed,
+        now_s,
+        chain,
+        ttft_slo_s=slo.ttft_ms / 1e3 if ttft_s is None else ttft_s,
+        tpot_slo_s=slo.tpot_ms / 1e3 if tpot_s is None else tpot_s,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.messages import StepPlan
 
@@ -82,5 +83,6 @@ class StepTimes:
         return max(0.0, float(self._weights[1] * _SCALE[1] + self._weights[4] * _SCALE[4] * context))
 
 
-def _features(work: StepWork) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    return np.array([1.0, *work]) * _SCALE
+def _features(work: StepWork) -> npt.NDArray[np.float64]:
+    features: npt.NDArray[np.float64] = np.array([1.0, *work]) * _SCALE
+    return features

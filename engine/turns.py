@@ -10,11 +10,12 @@ LayerKV's bound (section 3.1, Eq. 1), with what finished requests have generated
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 
 from engine.config import SchedulerConfig
+from engine.feedback import Feedback
 from engine.memory.parking import Parking
 from engine.memory.pool import MemoryPool
 from engine.sequence import Sequence, State
@@ -24,7 +25,8 @@ _ENOUGH = 8  # of them; until then half of what a request may generate is expect
 _FULL = 0.5  # of the balloon
 _AT_STAKE_S = 2.0  # of slack
 _LONGEST_PAUSE_S = 5.0
-_SMOOTHING = 0.1  # of the time between two steps
+_LATE = 0.05  # of all sequences: more that cannot keep their mean time per token are a breach
+_SMOOTHING = 0.02  # of the time between two steps: a burst of prompts is no pace to reckon with
 
 
 class Turns:
@@ -45,7 +47,8 @@ class Turns:
         self._mean_length = 0.0
         self._step_s = 0.0
         self._last_s: float | None = None
-        self.num_parkings = 0
+        self._feedback = Feedback(config)
+        self.decisions: Counter[str] = Counter()
 
     @property
     def parked(self) -> Sequences[Sequence]:
@@ -65,14 +68,36 @@ class Turns:
             raise ValueError("there is no balloon to park sequences in")
         return self._pool.parking
 
-    def tick(self, now_s: float, is_busy: bool) -> None:
-        """A step is being drafted."""
-        if self._last_s is not None and is_busy:
+    @property
+    def num_allowed(self) -> int:
+        """Chunks of the balloon that new prompts may send others to (eLLM's logical size)."""
+        parking = self._pool.parking
+        return int(parking.balloon.num_logical * self._feedback.share) if parking is not None else 0
+
+    @property
+    def prompt_share(self) -> float:
+        """Of the largest step, for prompt tokens."""
+        return self._feedback.share
+
+    def tick(self, now_s: float, running: Sequences[Sequence], first_token_late: bool) -> None:
+        """A step is being drafted.
+
+        Args:
+            running: sequences that decode.
+            first_token_late: whether a request waits longer for its first token than it was promised.
+        """
+        if self._last_s is not None and running:
             self._step_s += _SMOOTHING * (now_s - self._last_s - self._step_s)
         self._last_s = now_s
+        if self._takes_turns:
+            promised = [*running, *self._parked]
+            late = sum([self.slack_s(seq, now_s) < 0 for seq in promised])
+            decision = self._feedback.step(late > _LATE * len(promised), first_token_late)
+            if decision is not None:
+                self.decisions[decision] += 1
 
     def settle(self) -> list[Sequence]:
-        """Sequences that are on the device again or still, or whose KV could not be brought back (`is_lost`)."""
+        """Sequences that are on the device again or still, or that could not be brought back (`is_lost`)."""
         parking = self._pool.parking
         if parking is None:
             return []
@@ -98,7 +123,7 @@ class Turns:
             return True
         return False
 
-    def park(self, seq: Sequence, num_chunks: int) -> bool:
+    def park(self, seq: Sequence, num_chunks: int, why: str) -> bool:
         """Begin to move a running sequence off the device, so that about so many chunks become free."""
         parking = self._pool.parking
         if parking is None or not parking.park(seq.backing, seq.held_slot, seq.num_computed, num_chunks):
@@ -106,7 +131,7 @@ class Turns:
         seq.move(State.PARKED)
         seq.slot = None
         self._parked.append(seq)
-        self.num_parkings += 1
+        self.decisions[why] += 1
         return True
 
     def take_back(self, seq: Sequence) -> int:
@@ -138,8 +163,8 @@ class Turns:
 
     def victims(
         self, now_s: float, active: Sequences[Sequence], running: Sequences[Sequence], lacking: int
-    ) -> list[tuple[Sequence, int]]:
-        """Running sequences to park, and the chunks each should free, for others to compute.
+    ) -> list[tuple[Sequence, int, str]]:
+        """Running sequences to park, the chunks each should free for others to compute, and why.
 
         Args:
             active: all that have a slot, prompts included.
@@ -167,12 +192,14 @@ class Turns:
             return
         if self._parking.bring_back(seq.backing, self._reserve(active)):
             self._returning = seq
+            self.decisions["return"] += 1
 
     def bring_back_any(self, now_s: float) -> bool:
         """Nothing else can go on: let any parked sequence come back that there is room for."""
         for seq in sorted(self._parked, key=lambda seq: self.runway_s(seq, now_s)):
             if self._returning is None and self._parking.bring_back(seq.backing, 0):
                 self._returning = seq
+                self.decisions["return"] += 1
                 return True
         return False
 
@@ -189,20 +216,23 @@ class Turns:
 
     def _for_prompts(
         self, now_s: float, ahead: Sequences[Sequence], lacking: int
-    ) -> list[tuple[Sequence, int]]:
-        chosen = []
+    ) -> list[tuple[Sequence, int, str]]:
+        chosen: list[tuple[Sequence, int, str]] = []
+        room = self.num_allowed - self._num_held
         for seq in ahead:
-            if lacking <= 0:
+            size = self._pool.kv.num_own_chunks(seq.held_slot)
+            if lacking <= 0 or room < size:
                 break
             if self.slack_s(seq, now_s) > 0:
-                chosen.append((seq, lacking))
-                lacking -= self._pool.kv.num_own_chunks(seq.held_slot)
+                chosen.append((seq, lacking, "park_for_prompt"))
+                lacking -= size
+                room -= size
         return chosen
 
     def _for_next(
         self, now_s: float, ahead: Sequences[Sequence], active: Sequences[Sequence]
-    ) -> list[tuple[Sequence, int]]:
-        """The one that is furthest ahead, if that is a whole turn further than the parked one that is next."""
+    ) -> list[tuple[Sequence, int, str]]:
+        """The one that is furthest ahead, if the parked one that is next is a whole turn behind it."""
         seq = self._next(now_s)
         if seq is None or not ahead:
             return []
@@ -210,7 +240,7 @@ class Turns:
         if self.runway_s(ahead[0], now_s) - self.runway_s(seq, now_s) < turn_s:
             return []
         lacking = self._parking.num_lacking(seq.backing, self._reserve(active))
-        return [(ahead[0], lacking)] if lacking > 0 else []
+        return [(ahead[0], lacking, "park_for_turn")] if lacking > 0 else []
 
     def _next(self, now_s: float) -> Sequence | None:
         settled = [seq for seq in self._parked if not seq.backing.is_leaving]
@@ -222,8 +252,12 @@ class Turns:
         parking = self._pool.parking
         if parking is None:
             return False
-        held = sum(seq.backing.num_rows for seq in self._parked) * self._pool.kv.geometry.num_groups
-        return held > _FULL * parking.balloon.num_logical
+        return self._num_held > _FULL * parking.balloon.num_logical
+
+    @property
+    def _num_held(self) -> int:
+        """Host chunks that parked sequences have."""
+        return sum([seq.backing.num_rows for seq in self._parked]) * self._pool.kv.geometry.num_groups
 
     def _order(self, now_s: float) -> Callable[[Sequence], tuple[bool, float]]:
         """The key by which sequences should be on the device, the smallest first: those whose client's mean

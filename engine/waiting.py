@@ -1,4 +1,4 @@
-"""The requests that wait to start, the one whose first token is due first at the head."""
+"""The requests that wait to start: those that can be in time first, the one that is due first at the head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from engine.memory.pool import MemoryPool
 from engine.sequence import Sequence
 
 _NO_DRAFT = -1
+_LATE_TURN = 4
+_LOOK_AHEAD = 32
 _PRIORITY_S = 10.0  # of waiting that one step of priority is worth
 
 
@@ -15,7 +17,8 @@ class WaitingLine:
     """Sequences without KV: new, or to be computed again. What they will read of others' KV is kept longest.
 
     A deadline stays where it is while others come and go, so whoever waits long enough is next: nobody
-    starves behind requests of higher priority.
+    starves behind requests of higher priority. Those whose deadline has passed are late whatever is done, and
+    would make all behind them late as well: they go behind, and every `_LATE_TURN`th start is theirs.
 
     Args:
         pool: where their beginnings may be.
@@ -26,17 +29,40 @@ class WaitingLine:
         self._pool = pool
         self._by_deadline = by_deadline
         self._line: list[Sequence] = []
+        self._late: list[Sequence] = []
+        self._num_started = 0  # since one of those that are late was
         self.num_lacking_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._line) + len(self._late)
 
-    def __getitem__(self, place: int) -> Sequence:
-        return self._line[place]
+    @property
+    def is_late(self) -> bool:
+        """Whether somebody waits longer for the first token than was promised."""
+        return bool(self._late)
+
+    @property
+    def head(self) -> Sequence:
+        """The next to start; IndexError if nobody waits."""
+        is_late = self._late and (not self._line or self._num_started >= _LATE_TURN - 1)
+        return self._late[0] if is_late else self._line[0]
 
     def first(self, count: int) -> list[Sequence]:
-        """Those at the head."""
-        return self._line[:count]
+        """Those who are next, the head before all others."""
+        head = self.head
+        others = [seq for seq in (*self._line[:count], *self._late[:count]) if seq is not head]
+        return [head, *others][:count]
+
+    def pass_time(self, now_s: float, token_s: float) -> None:
+        """Let those that cannot be in time any more wait behind the others.
+
+        Args:
+            token_s: that each token of a prompt takes to compute.
+        """
+        for seq in self._line[:_LOOK_AHEAD] if self._by_deadline else ():
+            if self._urgency(seq)[0] < now_s + seq.num_lacking * token_s:
+                self._line.remove(seq)
+                insort(self._late, seq, key=self._urgency)
 
     def add(self, seq: Sequence) -> None:
         """Let a sequence wait, at the place that its deadline gives it."""
@@ -51,11 +77,19 @@ class WaitingLine:
 
     def remove(self, seq: Sequence) -> None:
         """It starts, or has ended."""
-        self._line.remove(seq)
+        if seq in self._late:
+            self._late.remove(seq)
+        else:
+            self._line.remove(seq)
         self.num_lacking_tokens -= seq.num_lacking
         if seq.wants is not None:
             self._pool.prefixes.unwant(seq.wants, seq.request_id)
             seq.wants = None
+
+    def started(self, seq: Sequence) -> None:
+        """It is not waiting any more: it runs."""
+        self._num_started = 0 if seq in self._late else self._num_started + 1
+        self.remove(seq)
 
     def _urgency(self, seq: Sequence) -> tuple[float, str]:
         due_s = seq.arrival_s + seq.request.priority * _PRIORITY_S

@@ -7,15 +7,17 @@ hold. A chunk that was lent away too early, mapped twice or mixed up between seq
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
 
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from engine.core import Engine
+from engine.errors import DriverError
 from engine.memory.arena import BufferSpec
 from engine.memory.balloon import Balloon
-from engine.memory.copies import Copies, ThreadCopies
+from engine.memory.copies import Copies, Direction, ThreadCopies
 from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.pool import MemoryPool
@@ -183,6 +185,94 @@ class Collected(dict[str, TokenDelta]):
             self[delta.request_id] = delta if before is None else before.then(delta)
 
 
+class HeldTicket:
+    """A copy that ends when it is told to, or waited for.
+
+    Attributes:
+        targets, sources: addresses of chunks.
+        after_steps: as it was submitted.
+        has_failed: it ended without having copied anything.
+    """
+
+    def __init__(
+        self,
+        copies: HeldCopies,
+        direction: Direction,
+        targets: list[int],
+        sources: list[int],
+        after_steps: bool,
+    ) -> None:
+        self._copies = copies
+        self.direction = direction
+        self.targets, self.sources, self.after_steps = targets, sources, after_steps
+        self.is_done = self.has_failed = False
+
+    def wait(self) -> None:
+        self._copies.end(self)
+        if self.has_failed:
+            raise DriverError("cudaMemcpyAsync", "refused")
+
+
+class HeldCopies:
+    """Copies that are made at the last moment: when they are told to end, or waited for, in their order.
+
+    Until then targets hold what nobody wrote there, so that whoever reads them too early is seen.
+
+    Attributes:
+        submitted: every ticket.
+        check: called with a ticket when it is submitted and when it ends.
+        fails: whether a ticket that ends fails; asked once.
+        is_closed: whether everything has ended for good.
+    """
+
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.chunk_bytes = chunk_bytes
+        self.submitted: list[HeldTicket] = []
+        self.check: Callable[[HeldTicket], None] = lambda ticket: None
+        self.fails: Callable[[HeldTicket], bool] = lambda ticket: False
+        self.is_closed = False
+
+    @property
+    def under_way(self) -> list[HeldTicket]:
+        """Those that have not ended, in their order."""
+        return [ticket for ticket in self.submitted if not ticket.is_done]
+
+    def bytes_moved(self, direction: Direction) -> int:
+        return (
+            sum(len(one.targets) for one in self.submitted if one.direction is direction) * self.chunk_bytes
+        )
+
+    def submit(
+        self, direction: Direction, targets: Sequence[int], sources: Sequence[int], after_steps: bool
+    ) -> HeldTicket:
+        assert not self.is_closed
+        assert len(set(targets)) == len(targets) == len(sources)
+        ticket = HeldTicket(self, direction, list(targets), list(sources), after_steps)
+        self.check(ticket)
+        for target in targets:
+            ctypes.memset(target, 0xFF, self.chunk_bytes)  # NaN in every type
+        self.submitted.append(ticket)
+        return ticket
+
+    def end(self, ticket: HeldTicket | None = None) -> None:
+        """End a copy and those before it in its direction; without one, all."""
+        for one in self.under_way:
+            is_before = ticket is None or one.direction is ticket.direction
+            if is_before and (ticket is None or not ticket.is_done):
+                self._end(one)
+
+    def close(self) -> None:
+        self.end()
+        self.is_closed = True
+
+    def _end(self, ticket: HeldTicket) -> None:
+        self.check(ticket)
+        ticket.is_done, ticket.has_failed = True, self.fails(ticket)
+        if not ticket.has_failed:
+            for target, source in zip(ticket.targets, ticket.sources, strict=True):
+                ctypes.memmove(target, source, self.chunk_bytes)
+
+
 class Bench:
     """An engine of fakes over real host memory, and what it published.
 
@@ -205,6 +295,7 @@ class Bench:
         sampler: type[PatternSampler] = PatternSampler,
         balloon_chunks: int = 0,
         copies: Copies | None = None,
+        balloon: Balloon | None = None,
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         memory = memory or MemoryConfig()
@@ -224,8 +315,8 @@ class Bench:
             num_slots=2 * scheduler.max_num_seqs,
             caches_prefixes=memory.enable_prefix_caching,
         )
-        if balloon_chunks:
-            self.balloon = Balloon(PlainSlabs(), CHUNK_BYTES, balloon_chunks, balloon_chunks)
+        if balloon_chunks or balloon:
+            self.balloon = balloon or Balloon(PlainSlabs(), CHUNK_BYTES, balloon_chunks, balloon_chunks)
             self.pool.add_balloon(self.balloon, copies or ThreadCopies(CHUNK_BYTES))
         info = EngineInfo("pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0)
         clock = FakeClock()

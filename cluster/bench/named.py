@@ -1,13 +1,16 @@
 """The workloads that have a name, once: the command, the engines in process and every rival get the same
 token ids at the same times.
 
-A name says what is in it; `mixed-load` and what names cannot hold stand beside their numbers here.
+A name says what is in it; `mixed-load` and what names cannot hold stand beside their numbers here. Random
+prompts of any count, lengths and rate have a name too.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +20,7 @@ from cluster.bench.workload import BenchError, PlannedRequest, RandomPlan, Workl
 _LLAMA_VOCAB = 128_000  # of 128,256: the rest are control tokens
 _DEMO_VOCAB = 49_152  # SmolLM2
 _ANSWERED = 8  # of the tokens that a chat's turn adds, one in so many is generated
+_RANDOM = re.compile(r"(demo-)?random-(\d+)x(\d+)\+(\d+)(?:-poisson(\d+(?:\.\d+)?))?")
 
 
 class _Plan(Protocol):
@@ -122,11 +126,25 @@ def workload_names() -> Sequence[str]:
 
 
 def named_workload(name: str) -> Workload:
-    """A workload by name.
+    """A workload by name; `random-RxI+O` and `random-RxI+O-poissonQ` are R random prompts, Q a second.
 
     Raises:
         BenchError: there is none of that name.
     """
-    if name not in _NAMED:
-        raise BenchError(f"no workload is called {name!r}; there are {', '.join(_NAMED)}")
-    return _NAMED[name].workload(name)
+    if name in _NAMED:
+        return _NAMED[name].workload(name)
+    if match := _RANDOM.fullmatch(name):
+        return _random_plan(name, *match.groups()).workload(name)
+    raise BenchError(
+        f"no workload is called {name!r}; there are {', '.join(_NAMED)}, random-RxI+O and "
+        "random-RxI+O-poissonQ (demo-random-... for the demo model)"
+    )
+
+
+def _random_plan(name: str, demo: str | None, count: str, fresh: str, output: str, rate: str) -> RandomPlan:
+    """Its seed is of its name: two loads of one process share no prompt that could be cached."""
+    vocab_size = _DEMO_VOCAB if demo else _LLAMA_VOCAB
+    seed, requests_s = zlib.crc32(name.encode()), float(rate) if rate else math.inf
+    return RandomPlan(
+        int(count), int(fresh), int(output), request_rate=requests_s, seed=seed, vocab_size=vocab_size
+    )

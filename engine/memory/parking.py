@@ -327,7 +327,7 @@ class Parking:
             backing.absent.add(group)
 
     def _leave_slot(self, backing: Backing) -> None:
-        """With nothing on the device, its slot is better had by others: what is mapped there is used again."""
+        """With nothing on the device, let others have its slot: what is mapped there is used again."""
         if backing.slot is not None and not backing.first and len(backing.absent) == self._groups:
             self._slots.abandon(backing.slot)
             backing.slot = None

@@ -20,7 +20,7 @@ from engine.memory.arena import ActivationArena, BufferSpec
 from engine.memory.balloon import Balloon
 from engine.memory.blocks import Match, Opened, TokenChain, Tokens
 from engine.memory.chunks import ChunkPool
-from engine.memory.copies import Copies
+from engine.memory.copies import Copies, Direction
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.kv_slots import KvSlots
 from engine.memory.parking import Parking
@@ -250,7 +250,7 @@ class MemoryPool:
 
     def snapshot(self) -> MemorySnapshot:
         """Chunks by state, now."""
-        chunks = self.chunks
+        chunks, parking = self.chunks, self.parking
         return MemorySnapshot(
             chunk_bytes=self._vm.chunk_bytes,
             total=chunks.total,
@@ -261,7 +261,11 @@ class MemoryPool:
             guard=chunks.num_owned("guard"),
             retiring=chunks.num_retiring,
             warm=chunks.num_warm,
-            balloon=self.parking.balloon.num_used if self.parking else 0,
+            balloon=parking.balloon.num_used if parking else 0,
+            balloon_logical=parking.balloon.num_logical if parking else 0,
+            balloon_physical=parking.balloon.num_physical if parking else 0,
+            copied_out_bytes=parking.copies.bytes_moved(Direction.OUT) if parking else 0,
+            copied_in_bytes=parking.copies.bytes_moved(Direction.IN) if parking else 0,
             created=chunks.num_created,
             kv_tokens=sum(self._slots.num_tokens),
             driver_calls=self._vm.num_calls,

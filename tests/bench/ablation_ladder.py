@@ -2,14 +2,23 @@
 
     python -m tests.bench.ablation_ladder --workload chats-64x10x1024 --vllm-site ~/site      # on a GPU
     python -m tests.bench.ablation_ladder --model demo --workload demo-chats-4x3x96
+    python -m tests.bench.ablation_ladder --rungs elastic balloon slo deposit --balloon-gib 100 \
+        --workload capped-120x8000+512-poisson3 --no-prefix-caching --vllm-site ~/site
 
     static    every slot is backed for the longest sequence at start, the largest activation set aside
     virtual   KV is backed on demand, the largest activation set aside
     elastic   one pool: KV has what activations do not need now
     sharing   and equal prefixes are computed, and held, once
 
-The longest sequence (`--max-model-len`) is that of the workloads, unless it is given, for every rung alike:
-static mode holds as many sequences of that length as fit. The last line is JSON.
+For loads with promises, without prefix cache, upwards from `elastic`:
+
+    balloon   a sequence that cannot grow goes to host memory instead of being computed again
+    slo       sequences take turns on the device, so that first tokens are in time
+    deposit   tokens that are ahead of their clients are held back meanwhile
+
+All but these three are first come, first served, without host memory. The longest sequence
+(`--max-model-len`) is that of the workloads, unless it is given, for every rung alike: static mode holds as
+many sequences of that length as fit. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,23 +38,33 @@ from tests.bench import engine_options
 from tests.bench.engine_options import EngineOptions
 from tests.bench.models import LLAMAS, MODELS
 from tests.bench.processes import Contender, add_process_arguments, medians, pick, run_contender
+from tests.bench.promises import PROMISES
+from tests.bench.promises import table as promises_table
 from tests.bench.run_engine import WARM_UP, add_round_arguments, checked_workloads
 
+_MEMORY = EngineOptions(mode="elastic", prefix_caching=False, policy="fcfs", balloon_gib=0.0)
+_PROMISES = replace(_MEMORY, balloon_gib=None)  # that of the command line, or the engine's own
 RUNGS: Mapping[str, EngineOptions] = {
-    "static": EngineOptions(mode="static", prefix_caching=False),
-    "virtual": EngineOptions(mode="virtual", prefix_caching=False),
-    "elastic": EngineOptions(mode="elastic", prefix_caching=False),
-    "sharing": EngineOptions(mode="elastic", prefix_caching=True),
+    "static": replace(_MEMORY, mode="static"),
+    "virtual": replace(_MEMORY, mode="virtual"),
+    "elastic": _MEMORY,
+    "sharing": replace(_MEMORY, prefix_caching=True),
+    "balloon": _PROMISES,
+    "slo": replace(_PROMISES, policy="slo", deposit=False),
+    "deposit": replace(_PROMISES, policy="slo", deposit=True),
 }
+_DEFAULT_RUNGS = ("static", "virtual", "elastic", "sharing")
+_RUNGS_OWN = ("mode", "policy", "deposit")  # options that are what a rung is
 _FIGURE = (
     *("duration", "output_throughput", "completed", "failed", "total_input_tokens", "total_cached_tokens"),
     *("mean_ttft_ms", "p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms", "max_gap_ms"),
     *("steps", "memory", "floor_s", "phases_s", "share_of_floor", "share_of_phases"),
+    *PROMISES,
 )
 
 
 def main() -> None:
-    """Climb, print a row for each rung and the JSON line.
+    """Climb, print a row for each rung in both tables and the JSON line.
 
     Exit status 1 if one of ours failed or there is no GPU, 2 for options that cannot be.
     """
@@ -56,6 +75,7 @@ def main() -> None:
         for contender in contenders(args.rungs, options, args.vllm_site is not None)
     }
     print(table(results))
+    print(promises_table(_rounds(results)))
     print(json.dumps(result_json(results)))
     sys.exit(1 if any("error" in result for name, result in results.items() if name in RUNGS) else 0)
 
@@ -64,7 +84,7 @@ def _read_arguments() -> tuple[argparse.Namespace, list[Workload], EngineOptions
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=_DEFAULT_RUNGS)
     parser.add_argument("--model", choices=MODELS, default="llama-8b")
     parser.add_argument("--workload", nargs="+", required=True)
     add_round_arguments(parser)
@@ -73,8 +93,13 @@ def _read_arguments() -> tuple[argparse.Namespace, list[Workload], EngineOptions
     args = parser.parse_args()
     workloads = checked_workloads(parser, args.workload, args)
     options = engine_options.check(parser, args)
-    if options.mode is not None:
-        parser.error("--mode: each rung has its own; name those to climb with --rungs")
+    for name in _RUNGS_OWN:
+        if getattr(options, name) is not None:
+            flag = engine_options.flag(name)
+            parser.error(f"{flag}: each rung has its own; name those to climb with --rungs")
+    with_balloon = [name for name in args.rungs if RUNGS[name].balloon_gib is None]
+    if with_balloon and options.balloon_gib == 0:
+        parser.error(f"--balloon-gib 0 leaves nothing to {', '.join(with_balloon)}: name other --rungs")
     if args.model not in LLAMAS and args.vllm_site is not None:
         parser.error("vLLM is measured with --model llama-8b: leave --vllm-site out")
     if args.model in LLAMAS and not torch.cuda.is_available():
@@ -93,12 +118,24 @@ def contenders(rungs: Sequence[str], options: EngineOptions, with_vllm: bool) ->
         Contender(
             name,
             "ballonet",
-            replace(options, mode=rung.mode, prefix_caching=rung.prefix_caching),
+            replace(
+                options,
+                mode=rung.mode,
+                prefix_caching=rung.prefix_caching,
+                policy=rung.policy,
+                deposit=rung.deposit,
+                balloon_gib=options.balloon_gib if rung.balloon_gib is None else rung.balloon_gib,
+            ),
         )
         for name, rung in RUNGS.items()
         if name in rungs
     ]
-    return [*found, Contender("vllm", "vllm", options)] if with_vllm else found
+    return [*found, Contender("vllm", "vllm", options.of_any_engine())] if with_vllm else found
+
+
+def _rounds(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(workload, rung, its median round), for each rung that ran it."""
+    return [(name, rung, best) for rung, result in results.items() for name, best in medians(result).items()]
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

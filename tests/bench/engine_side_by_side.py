@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from tests.bench.processes import (
     pick,
     run_contender,
 )
+from tests.bench.promises import PROMISES
 from tests.bench.run_engine import ENGINES, add_round_arguments, checked_workloads
 
 DEFAULT_WORKLOADS = {
@@ -40,6 +40,7 @@ _FIGURE = (
     *("output_throughput", "duration", "completed", "failed", "mean_ttft_ms", "p50_ttft_ms", "p99_ttft_ms"),
     *("p50_tpot_ms", "p99_tpot_ms", "p50_ttst_ms", "p99_ttst_ms", "max_gap_ms", "max_itl_ms"),
     *("total_input_tokens", "total_cached_tokens", "steps", "memory"),
+    *PROMISES,
 )
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     contenders = {
         "ballonet": Contender("ballonet", "ballonet", options, not args.no_idle and args.model in LLAMAS),
-        "vllm": Contender("vllm", "vllm", replace(options, mode=None)),
+        "vllm": Contender("vllm", "vllm", options.of_any_engine()),
     }
     results = {name: run_contender(contenders[name], workloads, args) for name in args.engines}
     print(table(results))

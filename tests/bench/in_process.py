@@ -26,6 +26,8 @@ from tests.bench.engine_options import EngineOptions
 from tests.bench.step_watch import Gain, StepWatch
 
 _IDLE_STEPS = 10_000  # an engine that did nothing that often has lost a request
+_LOOK_S = 0.01  # between two looks at a balloon that grows
+_REFUSED_S = 20.0  # without growth: a slab is pinned in a fraction of a second, a refusal lasts 30
 
 
 class Stepper(Protocol):
@@ -166,6 +168,47 @@ class VllmStepper:
         return None
 
     steps_ahead = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A balloon that has been waited for.
+
+    Attributes:
+        gib, wanted_gib: of host memory that is there, and that there should be.
+        wait_s: how long it was waited for.
+    """
+
+    gib: float
+    wanted_gib: float
+    wait_s: float
+
+    def __str__(self) -> str:
+        short = "" if self.gib >= self.wanted_gib else f" of {self.wanted_gib:.1f}, and grows no further"
+        return f"a balloon of {self.gib:.1f} GiB{short}, waited for {self.wait_s:.1f} s"
+
+
+def wait_for_balloon(
+    engine: Stepper,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Filled | None:
+    """Let an idle engine fill its balloon in the background until it is there, or grows no further.
+
+    None if there is none: of a rival, or of an engine that has it switched off.
+    """
+    started = grown_s = clock()
+    largest = 0
+    while engine.snapshot is not None and engine.snapshot.memory.balloon_logical:
+        memory = engine.snapshot.memory
+        if memory.balloon_physical > largest:
+            largest, grown_s = memory.balloon_physical, clock()
+        if largest >= memory.balloon_logical or clock() - grown_s > _REFUSED_S:
+            gib = memory.chunk_bytes / 2**30
+            return Filled(largest * gib, memory.balloon_logical * gib, clock() - started)
+        engine.step()  # takes in the slabs that are made, and has more made
+        sleep(_LOOK_S)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

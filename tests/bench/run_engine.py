@@ -21,23 +21,29 @@ from typing import Any
 
 import torch
 
-from cluster.bench import report
 from cluster.bench.floor import CEILINGS, ModelShape, floor_of
 from cluster.bench.named import named_workload
-from cluster.bench.summary import Summary, summarise
+from cluster.bench.summary import Summary
 from cluster.bench.workload import BenchError, Workload
 from engine.errors import BallonetError
 from tests.bench import engine_options
 from tests.bench.engine_options import EngineOptions
 from tests.bench.gpu_idle import can_be_steady, steady_decode_idle
-from tests.bench.in_process import BallonetStepper, Driven, Stepper, VllmStepper, drive
+from tests.bench.in_process import (
+    BallonetStepper,
+    Driven,
+    Stepper,
+    VllmStepper,
+    drive,
+    wait_for_balloon,
+)
 from tests.bench.machine import machine
 from tests.bench.models import LLAMAS, MODELS, engine_config, write_llama
+from tests.bench.promises import attainment, figures_of, summary_of
 
 ENGINES = ("ballonet", "vllm")
 WARM_UP = dict.fromkeys(LLAMAS, "warm-up-32x512+16") | {"demo": "demo-single-64+32"}
 _ROUND_SEED = 1000  # each round has prompts of its own, or a prefix cache would answer for the engine
-_PERCENTILES = (50.0, 99.0)
 
 
 def main() -> None:
@@ -98,8 +104,9 @@ def checked_workloads(
 def _check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.engine == "vllm" and args.model not in LLAMAS:
         parser.error("vLLM is measured with --model llama-8b or llama-8b-256k")
-    if args.engine == "vllm" and args.mode is not None:
-        parser.error("--mode is of our memory: leave it out for --engine vllm")
+    for name in engine_options.OURS:
+        if args.engine == "vllm" and getattr(args, name) is not None:
+            parser.error(f"{engine_options.flag(name)} is of our engine: leave it out for --engine vllm")
     if args.idle and (args.engine != "ballonet" or args.model == "demo"):
         parser.error("--idle is for --engine ballonet --model llama-8b: it reads the GPU's own records")
     if args.model != "demo" and not torch.cuda.is_available():
@@ -118,12 +125,14 @@ def _measure(
         started = time.perf_counter()
         drive(engine, named_workload(WARM_UP[args.model]))
         print(f"warmed up in {time.perf_counter() - started:.1f} s", flush=True)
+        balloon = _filled_balloon(engine, args, options)
         result: dict[str, Any] = {
             "engine": args.engine,
             "model": args.model,
             "options": options.told(),
             "ready_s": round(ready_s, 2),
-            "rounds": {workload.name: _rounds(engine, workload, args) for workload in workloads},
+            "balloon": balloon,
+            "rounds": {workload.name: _rounds(engine, workload, args, options) for workload in workloads},
             **machine(),
         }
         if args.idle and isinstance(engine, BallonetStepper):
@@ -137,14 +146,31 @@ def _load(args: argparse.Namespace, options: EngineOptions, folder: Path) -> Ste
     return VllmStepper(write_llama(args.model, folder), options)
 
 
-def _rounds(engine: Stepper, workload: Workload, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _filled_balloon(
+    engine: Stepper, args: argparse.Namespace, options: EngineOptions
+) -> dict[str, float] | None:
+    """The balloon, once all of it is there. One whose size is given, on a GPU, is filled from the start."""
+    filled = wait_for_balloon(engine) if options.balloon_gib and args.model in LLAMAS else None
+    if filled is None:
+        return None
+    print(filled, flush=True)
+    return {name: round(value, 2) for name, value in asdict(filled).items()}
+
+
+def _rounds(
+    engine: Stepper, workload: Workload, args: argparse.Namespace, options: EngineOptions
+) -> list[dict[str, Any]]:
     figures = []
     for number in range(args.rounds):
         again = replace(workload, seed=workload.seed + number * _ROUND_SEED)
         driven = drive(engine, again, submit_for_s=args.seconds or math.inf)
-        summary = summarise(driven.records, driven.duration_s, percentiles=_PERCENTILES)
-        figures.append(report.figures(summary) | driven.steps | _share(summary, driven, args.model))
-        print(f"{workload.name} round {number + 1}: {summary.output_tok_s:.1f} output tok/s", flush=True)
+        summary = summary_of(driven, options.objectives_ms)
+        figures.append(figures_of(driven, summary) | _share(summary, driven, args.model))
+        print(
+            f"{workload.name} round {number + 1}: {summary.output_tok_s:.1f} output tok/s, mean TTFT "
+            f"{summary.series['ttft'].mean_ms / 1e3:.3f} s, {attainment(figures[-1])} as promised",
+            flush=True,
+        )
         if summary.failed:
             print(json.dumps(figures[-1]))  # the file is not written, and a long run is worth reading
             raise SystemExit(f"{summary.failed} requests failed; the first: {summary.first_error}")

@@ -8,7 +8,7 @@ as the engine launches ahead: a prompt's are not a decode's.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -60,7 +60,8 @@ class StepWatch:
         self._decode_calls = 0
         self._calls_ahead = deque([0] * steps_ahead)
         self._max_running = 0
-        self._peaks = {"kv": 0, "cached": 0, "activation": 0}
+        self._peaks = {"kv": 0, "cached": 0, "activation": 0, "balloon": 0}
+        self._max_parked = 0
 
     def stepped(
         self, now_s: float, gains: Iterable[Gain], num_running: int, snapshot: EngineSnapshot | None
@@ -104,6 +105,7 @@ class StepWatch:
             self._decode_calls += self._calls_ahead.popleft() * is_decode
         for name, peak in self._peaks.items():
             self._peaks[name] = max(peak, getattr(snapshot.memory, name))
+        self._max_parked = max(self._max_parked, snapshot.num_parked)
         self._newest = snapshot
 
     def _memory(self, first: EngineSnapshot, last: EngineSnapshot) -> dict[str, Any]:
@@ -118,6 +120,11 @@ class StepWatch:
             "driver_calls_in_decode_steps": self._decode_calls,
             "engine_steps": last.num_steps - first.num_steps,
             "preemptions": last.num_preemptions - first.num_preemptions,
+            "parkings": last.num_parkings - first.num_parkings,
+            "max_parked": self._max_parked,
+            "decisions": dict(Counter(dict(last.decisions)) - Counter(dict(first.decisions))),
+            "copied_out_gib": round((after.copied_out_bytes - before.copied_out_bytes) / 2**30, 4),
+            "copied_in_gib": round((after.copied_in_bytes - before.copied_in_bytes) / 2**30, 4),
             "prefix_queries": last.prefix_queries - first.prefix_queries,
             "prefix_hits": last.prefix_hits - first.prefix_hits,
         }

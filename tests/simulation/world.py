@@ -6,8 +6,8 @@ bandwidth of a link. Tokens mean nothing; lengths, memory and decisions are thos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -111,6 +111,7 @@ class SimulatedEngine:
         pool_gib: device memory for KV and activations.
         balloon_gib: host memory; 0 is none.
         scheduler, slo, memory: of the engine.
+        priority_of: a request's priority, by its id.
     """
 
     steps_ahead = 1
@@ -124,6 +125,7 @@ class SimulatedEngine:
         memory: MemoryConfig | None = None,
         max_model_len: int = 16_384,
         device: Device = H100_8B,
+        priority_of: Callable[[str], int] = lambda request_id: 0,
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192)
         memory = memory or MemoryConfig(enable_prefix_caching=False)
@@ -164,11 +166,12 @@ class SimulatedEngine:
             self.steps_ahead,
         )
         self._gains: list[Gain] = []
-        self.slo: tuple[float | None, float | None] = (None, None)
+        self._priority_of = priority_of
 
     def submit(self, request_id: str, prompt: list[int], output_tokens: int) -> None:
         sampling = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
-        self.engine.submit(GenerateRequest(request_id, tuple(prompt), sampling))
+        priority = self._priority_of(request_id)
+        self.engine.submit(GenerateRequest(request_id, tuple(prompt), sampling, priority=priority))
 
     def step(self) -> bool:
         return self.engine.step()

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from engine.errors import BallonetError
-from tests.bench import ablation_ladder, engine_side_by_side, gpu_kernels, memory_targets, run_engine
+from tests.bench import (
+    ablation_ladder,
+    engine_side_by_side,
+    gpu_kernels,
+    memory_targets,
+    run_engine,
+    ttft_curves,
+)
 
 WRONG_OPTION = 2
 
@@ -39,7 +46,9 @@ def _engine_words(tmp_path: Path, *words: str) -> list[str]:
         (("--engine", "ballonet", "--model", "demo", "--idle"), "--idle is for"),
         (("--engine", "vllm", "--idle"), "--idle is for"),
         (("--engine", "vllm", "--model", "demo"), "vLLM is measured with --model llama-8b"),
-        (("--engine", "vllm", "--mode", "static"), "--mode is of our memory"),
+        (("--engine", "vllm", "--mode", "static"), "--mode is of our engine"),
+        (("--engine", "vllm", "--balloon-gib", "0"), "--balloon-gib is of our engine"),
+        (("--engine", "vllm", "--no-deposit"), "--deposit is of our engine"),
         (("--engine", "ballonet", "--mode", "paged"), "invalid choice: 'paged'"),
         (("--engine", "ballonet", "--seconds", "0"), "--seconds must be above 0"),
         (("--engine", "ballonet", "--max-num-seqs", "-1"), "--max-num-seqs must be above 0"),
@@ -78,6 +87,9 @@ def test_options_of_both_engines_that_cannot_be(
     ("words", "message"),
     [
         (["--mode", "static"], "name those to climb with --rungs"),
+        (["--policy", "slo"], "name those to climb with --rungs"),
+        (["--no-deposit"], "name those to climb with --rungs"),
+        (["--rungs", "elastic", "slo", "--balloon-gib", "0"], "--balloon-gib 0 leaves nothing to slo"),
         (["--rungs", "vllm"], "invalid choice: 'vllm'"),
         (["--model", "demo", "--vllm-site", "."], "leave --vllm-site out"),
         (["--seconds", "-1"], "--seconds must be above 0"),
@@ -91,6 +103,26 @@ def test_options_of_the_ladder_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--share", "0"], "--share and --rates must be above 0"),
+        (["--rates", "1", "-1"], "--share and --rates must be above 0"),
+        (["--policy", "fcfs"], "leave --policy out"),
+        (["--balloon-gib", "0"], "--balloon-gib above 0"),
+        (["--seconds", "0"], "--seconds must be above 0"),
+        (["--rate-requests", "0"], "--num-prompts must be at least 1"),
+        (["--model", "demo", "--simulate"], "leave --model out"),
+        (["--model", "demo", "--vllm-site", "."], "leave --vllm-site out"),
+    ],
+)
+def test_options_of_the_curves_that_cannot_be(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(ttft_curves, words, monkeypatch, gpu=True) == WRONG_OPTION
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--sizes", "0"], ["--sizes", "64", "--piece", "65"], ["--modes", "x"]])
 def test_options_of_the_memory_targets_that_cannot_be(
     words: list[str], monkeypatch: pytest.MonkeyPatch
@@ -101,7 +133,7 @@ def test_options_of_the_memory_targets_that_cannot_be(
 def test_a_machine_without_a_gpu_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_engine = _engine_words(tmp_path, "--engine", "ballonet")
     ladder = ["--workload", "chats-64x10x1024"]
-    commands = ((gpu_kernels, []), (engine_side_by_side, []), (memory_targets, []))
+    commands = ((gpu_kernels, []), (engine_side_by_side, []), (memory_targets, []), (ttft_curves, []))
     for command, words in (*commands, (run_engine, one_engine), (ablation_ladder, ladder)):
         assert str(_run(command, words, monkeypatch)).startswith("no CUDA device")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from cluster.bench.named import ChatPlan
 from cluster.bench.summary import summarise
 from cluster.bench.workload import PlannedRequest, RandomPlan, Workload
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
-from tests.bench.in_process import BallonetStepper, drive
+from engine.messages import EngineSnapshot, MemorySnapshot
+from tests.bench.in_process import BallonetStepper, Filled, drive, wait_for_balloon
 from tests.bench.models import LLAMA_8B
 from tests.bench.step_watch import Gain
 
@@ -72,6 +74,52 @@ class SteadyEngine:
     def gains(self) -> list[Gain]:
         gained, self.gained = self.gained, []
         return gained
+
+
+class GrowingEngine(SteadyEngine):
+    """An idle engine that makes two chunks of its balloon a step, up to a number of them."""
+
+    def __init__(self, clock: Clock, wanted: int, refused_at: int = 1 << 30) -> None:
+        super().__init__(clock)
+        self.memory = MemorySnapshot(
+            chunk_bytes=1 << 30, total=9, free=9, kv=0, cached=0, activation=0, guard=0, retiring=0, warm=0,
+            created=0, kv_tokens=0, driver_calls=0, balloon_logical=wanted,
+        )  # fmt: skip
+        self.refused_at = refused_at
+
+    @property
+    def snapshot(self) -> EngineSnapshot:  # type: ignore[override]
+        return EngineSnapshot("m", 0.0, 0, 0, 0, 0, 0, 0, (), 0.0, self.memory)
+
+    def step(self) -> bool:
+        self.clock.now += 1.0
+        there = min(self.memory.balloon_physical + 2, self.memory.balloon_logical, self.refused_at)
+        self.memory = replace(self.memory, balloon_physical=there)
+        return False
+
+
+def test_the_balloon_is_waited_for() -> None:
+    clock = Clock()
+    filled = wait_for_balloon(GrowingEngine(clock, wanted=5), clock, clock.sleep)
+    assert filled is not None
+    assert filled == Filled(5.0, 5.0, filled.wait_s)
+    assert str(filled) == "a balloon of 5.0 GiB, waited for 3.0 s"
+
+
+def test_a_balloon_that_is_refused_is_waited_for_no_longer() -> None:
+    clock = Clock()
+    filled = wait_for_balloon(GrowingEngine(clock, wanted=50, refused_at=4), clock, clock.sleep)
+    assert filled is not None
+    assert (filled.gib, filled.wanted_gib) == (4.0, 50.0)
+    assert 20 < filled.wait_s < 25
+    assert "4.0 GiB of 50.0, and grows no further" in str(filled)
+
+
+def test_who_has_no_balloon_waits_for_none() -> None:
+    clock = Clock()
+    assert wait_for_balloon(SteadyEngine(clock), clock, clock.sleep) is None
+    assert wait_for_balloon(GrowingEngine(clock, wanted=0), clock, clock.sleep) is None
+    assert clock.now == 100.0
 
 
 def test_a_request_counts_from_when_it_is_due() -> None:

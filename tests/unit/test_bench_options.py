@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import EngineConfig, ModelSource, SloConfig
 from engine.errors import ConfigError
 from tests.bench import engine_options
 from tests.bench.engine_options import EngineOptions
 from tests.bench.models import engine_config
 
-ALL = EngineOptions("virtual", False, 65_536, 131_072, 32, 20.5, 4)
+ALL = EngineOptions(
+    "virtual", False, 65_536, 131_072, 32, 20.5, 4, 100.25, "fcfs", False, 16, ttft_slo_ms=900, tpot_slo_ms=40
+)
 
 
 def _parsed(words: list[str]) -> EngineOptions:
@@ -21,7 +24,11 @@ def _parsed(words: list[str]) -> EngineOptions:
     return engine_options.check(parser, parser.parse_args(words))
 
 
-@pytest.mark.parametrize("options", [EngineOptions(), ALL, EngineOptions(prefix_caching=True)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [EngineOptions(), ALL, EngineOptions(prefix_caching=True, balloon_gib=0.0, deposit=True)],
+    ids=["none", "all", "some"],
+)
 def test_the_words_give_the_options_again(options: EngineOptions) -> None:
     assert _parsed(options.words()) == options
 
@@ -32,7 +39,9 @@ def test_our_engine_gets_them(tmp_path: Path) -> None:
     assert (memory.mode, memory.enable_prefix_caching, memory.pool_bytes) == ("virtual", False, 20_992 << 20)
     assert (scheduler.max_num_batched_tokens, scheduler.max_prefill_tokens) == (8192, 65_536)
     assert (scheduler.max_num_seqs, config.max_model_len) == (32, 131_072)
-    assert scheduler.prefill_spread_steps == 4
+    assert (scheduler.prefill_spread_steps, scheduler.turn_tokens) == (4, 16)
+    assert (memory.balloon_bytes, scheduler.policy, scheduler.deposit) == (102_656 << 20, "fcfs", False)
+    assert config.slo == SloConfig(900, 40)
 
 
 def test_without_any_it_keeps_its_own(tmp_path: Path) -> None:
@@ -40,6 +49,27 @@ def test_without_any_it_keeps_its_own(tmp_path: Path) -> None:
     assert (config.memory.mode, config.memory.enable_prefix_caching) == ("elastic", True)
     assert (config.scheduler.max_prefill_tokens, config.scheduler.max_num_seqs) == (None, 256)
     assert (config.max_model_len, engine_config("demo", tmp_path).max_model_len) == (None, 512)
+    own = EngineConfig(ModelSource("m", "nowhere"))
+    assert config.memory.balloon_bytes == own.memory.balloon_bytes
+    for name in ("policy", "deposit", "turn_tokens", "prefill_spread_steps"):
+        assert getattr(config.scheduler, name) == getattr(own.scheduler, name)
+
+
+def test_ours_is_told_what_every_engine_is_judged_by(tmp_path: Path) -> None:
+    options = EngineOptions()
+    assert options.objectives_ms == {"ttft": 2000.0, "tpot": 150.0}
+    assert engine_config("demo", tmp_path, options).slo == SloConfig(2000.0, 150.0)
+    assert ALL.of_any_engine().objectives_ms == ALL.objectives_ms == {"ttft": 900, "tpot": 40}
+
+
+def test_no_balloon_is_a_size_too(tmp_path: Path) -> None:
+    assert engine_config("llama-8b", tmp_path, EngineOptions(balloon_gib=0.0)).memory.balloon_bytes == 0
+
+
+def test_a_rival_gets_nothing_that_is_ours_alone() -> None:
+    rivals = ALL.of_any_engine()
+    assert rivals.vllm_arguments() == ALL.vllm_arguments()
+    assert set(ALL.told()) - set(rivals.told()) == set(engine_options.OURS)
 
 
 def test_a_prefill_below_the_step_makes_the_step_smaller(tmp_path: Path) -> None:
@@ -60,9 +90,22 @@ def test_vllm_gets_them_under_its_names() -> None:
     }
 
 
-@pytest.mark.parametrize("flag", ["--max-prefill-tokens", "--max-model-len", "--max-num-seqs", "--kv-gib"])
-def test_numbers_that_cannot_be(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(
+            ([flag, "0"], f"{flag} must be above 0, not 0")
+            for flag in ("--max-prefill-tokens", "--max-model-len", "--max-num-seqs", "--kv-gib")
+        ),
+        (["--turn-tokens", "0"], "--turn-tokens must be above 0"),
+        (["--ttft-slo-ms", "0"], "--ttft-slo-ms must be above 0"),
+        (["--tpot-slo-ms", "inf"], "--tpot-slo-ms must be above 0, not inf"),
+        (["--balloon-gib", "-1"], "--balloon-gib must be at least 0, not -1.0"),
+        (["--policy", "lifo"], "invalid choice: 'lifo'"),
+    ],
+)
+def test_numbers_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        _parsed([flag, "0"])
+        _parsed(words)
     assert ended.value.code == 2
-    assert f"{flag} must be above 0, not 0" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

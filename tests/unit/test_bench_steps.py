@@ -84,14 +84,18 @@ def test_a_run_without_steps_has_no_times() -> None:
 
 
 def test_memory_is_told_as_peaks_and_differences() -> None:
-    watch = StepWatch(0.0, SNAPSHOT)
-    grown = replace(MEMORY, kv=6, cached=1, activation=2, driver_calls=140, driver_calls_beside=9)
+    watch = StepWatch(0.0, replace(SNAPSHOT, decisions=(("park_for_turn", 3),)))
+    grown = replace(
+        MEMORY, kv=6, cached=1, activation=2, driver_calls=140, driver_calls_beside=9, balloon=7,
+        copied_out_bytes=5 << 30,
+    )  # fmt: skip
     shrunk = replace(grown, kv=2, cached=5, driver_calls=143, driver_calls_beside=12)
     # A prompt, in whose step memory was made; a decode that made three calls.
-    watch.stepped(1.0, _gains("a"), 1, replace(SNAPSHOT, num_steps=51, memory=grown))
+    watch.stepped(1.0, _gains("a"), 1, replace(SNAPSHOT, num_steps=51, memory=grown, num_parked=4))
     last = replace(
-        SNAPSHOT, num_steps=52, memory=shrunk, prefix_queries=110, prefix_hits=64, num_preemptions=5
-    )
+        SNAPSHOT, num_steps=52, memory=shrunk, prefix_queries=110, prefix_hits=64, num_preemptions=5,
+        num_parkings=9, decisions=(("return", 6), ("park_for_turn", 8)),
+    )  # fmt: skip
     watch.stepped(2.0, _gains("a"), 1, last)
     assert watch.figures()["memory"] == {
         "chunk_bytes": 1 << 30,
@@ -103,7 +107,13 @@ def test_memory_is_told_as_peaks_and_differences() -> None:
         "driver_calls_beside": 5,
         "driver_calls_in_decode_steps": 3,
         "engine_steps": 2,
+        "max_balloon_gib": 7.0,
         "preemptions": 2,
+        "parkings": 9,
+        "max_parked": 4,
+        "decisions": {"return": 6, "park_for_turn": 5},
+        "copied_out_gib": 5.0,
+        "copied_in_gib": 0.0,
         "prefix_queries": 100,
         "prefix_hits": 60,
     }

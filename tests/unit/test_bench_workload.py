@@ -98,6 +98,24 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         named_workload("nope")
 
 
+def test_random_prompts_have_a_name_of_any_size() -> None:
+    workload = named_workload("random-3x20+5-poisson1.5")
+    assert [(r.prompt_tokens, r.output_tokens) for r in workload.requests] == [(20, 5)] * 3
+    assert workload.requests[-1].arrival_s == pytest.approx(2.0)
+    at_once = named_workload("demo-random-3x20+5")
+    assert {request.arrival_s for request in at_once.requests} == {0.0}
+    assert at_once.vocab_size < workload.vocab_size
+    assert _digest(workload) == _digest(named_workload(workload.name)) == "1ac12d800d6badca"
+
+
+def test_two_random_loads_share_no_prompt() -> None:
+    one, other = (named_workload(f"random-2x20+5-poisson{rate}") for rate in ("1", "2"))
+    assert one.token_ids(one.requests[0]) != other.token_ids(other.requests[0])
+    for name in ("random-0x20+5", "random-2x20+5-poisson0"):
+        with pytest.raises(BenchError, match="must be"):
+            named_workload(name)
+
+
 def test_prompts_differ_between_requests_and_share_the_prefix() -> None:
     workload = RandomPlan(3, 50, 5, prefix_len=20).workload("w")
     prompts = [workload.token_ids(request) for request in workload.requests]
