@@ -339,7 +339,7 @@ class Engine:
             launched = self._in_flight.popleft()
             results = launched.tokens.wait()
             now_s = self._clock()
-            self._scheduler.step_times.observe(launched.work, now_s - max(launched.launched_s, self._done_s))
+            self._scheduler.observe(launched.work, now_s - max(launched.launched_s, self._done_s))
             self._done_s = now_s
             self._pool.finished(launched.step)
             self._num_steps += 1

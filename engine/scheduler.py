@@ -24,7 +24,7 @@ from engine.messages import FinishReason, StepPlan, TokenDelta, TokenLogprobs
 from engine.pace import Pace, backlog_of
 from engine.queue_time import QueueTime
 from engine.sequence import Sequence, State
-from engine.step_times import StepTimes
+from engine.step_times import StepTimes, StepWork
 from engine.turns import Turns
 from engine.waiting import WaitingLine
 
@@ -213,6 +213,13 @@ class Scheduler:
         bearable_s = turns.bearable_s(running, now_s) if backlog.due else 0.0
         return len(running) + self._pace.prompt_tokens(running, backlog, bearable_s, turns.prompt_share)
 
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """A step of that size has taken so long."""
+        predicted_s = self.step_times.predict(work)
+        if self.step_times.is_fitted and predicted_s > 0:
+            self.turns.observe(seconds / predicted_s)
+        self.step_times.observe(work, seconds)
+
     def expected_ttft_s(self, num_tokens: int) -> float:
         """Seconds until a request of so many tokens would have its first, if it came now. For any thread."""
         return self._queue_time.seconds(self._backlog + num_tokens)
@@ -234,6 +241,7 @@ class Scheduler:
         for seq, num_chunks, why in turns.victims(now_s, self._active, running, self._num_lacking):
             self._try_park(seq, num_chunks, why)
         turns.bring_back(now_s, self._num_lacking, self._active)
+        turns.write_through([seq for seq in running if seq.state is State.RUNNING], now_s)
 
     def _try_park(self, seq: Sequence, num_chunks: int, why: str) -> bool:
         """Move a running sequence off the device, if the balloon has room for it."""

@@ -16,12 +16,14 @@ from collections.abc import Sequence as Sequences
 
 from engine.config import SchedulerConfig
 from engine.feedback import Feedback
+from engine.governor import Governor
 from engine.memory.parking import Parking
 from engine.memory.pool import MemoryPool
 from engine.sequence import Sequence, State
 
 _REMEMBERED = 64  # finished requests that the forecast of an answer's length is made from
 _ENOUGH = 8  # of them; until then half of what a request may generate is expected
+_CROWDED = 0.75  # of the pool in use: below, nobody will be parked soon
 _FULL = 0.5  # of the balloon
 _AT_STAKE_S = 2.0  # of slack
 _LONGEST_PAUSE_S = 5.0
@@ -48,6 +50,7 @@ class Turns:
         self._step_s = 0.0
         self._last_s: float | None = None
         self._feedback = Feedback(config)
+        self._governor = Governor()
         self.decisions: Counter[str] = Counter()
 
     @property
@@ -148,6 +151,26 @@ class Turns:
             self._returning = None
         return (None, 0) if self._pool.parking is None else self._pool.parking.discard(seq.backing)
 
+    def write_through(self, running: Sequences[Sequence], now_s: float) -> None:
+        """Copy KV of those that will be parked next to the balloon while the link has nothing else to do."""
+        parking = self._pool.parking
+        if parking is None or parking.is_copying or not self._takes_turns or not running:
+            return
+        owned = self._pool.chunks.total - self._pool.chunks.num_free
+        if owned < _CROWDED * self._pool.chunks.total:
+            return
+        left = self._governor.num_bytes
+        for seq in sorted(running, key=self._order(now_s), reverse=True):
+            left -= parking.save(seq.backing, seq.held_slot, seq.num_computed, left)
+            if left < parking.balloon.chunk_bytes:
+                break
+
+    def observe(self, slowness: float) -> None:
+        """A step has taken so many times what was predicted of it."""
+        parking = self._pool.parking
+        if parking is not None:
+            self._governor.step(slowness, parking.is_copying)
+
     def finished(self, seq: Sequence) -> None:
         """A request was answered in full: the forecast learns from its length."""
         self._lengths.append(len(seq.output_token_ids))
@@ -197,7 +220,7 @@ class Turns:
     def bring_back_any(self, now_s: float) -> bool:
         """Nothing else can go on: let any parked sequence come back that there is room for."""
         for seq in sorted(self._parked, key=lambda seq: self.runway_s(seq, now_s)):
-            if self._returning is None and self._parking.bring_back(seq.backing, 0):
+            if self._returning is None and self._parking.bring_back(seq.backing, 0, is_alone=True):
                 self._returning = seq
                 self.decisions["return"] += 1
                 return True

@@ -88,6 +88,11 @@ class Balloon:
         return max(0, min(self.num_logical, self.max_chunks) - self.num_used)
 
     @property
+    def num_spare(self) -> int:
+        """Chunks that could be taken now."""
+        return max(0, min(len(self._free), self.num_logical - self.num_used))
+
+    @property
     def is_growing(self) -> bool:
         """Whether a slab is being made."""
         return self._growth is not None

@@ -31,7 +31,7 @@ from engine.memory.virtual_tensor import VirtualTensor
 
 logger = logging.getLogger(__name__)
 
-Back = Callable[[Sequence[tuple[VirtualTensor, int]]], bool]
+Back = Callable[[Sequence[tuple[VirtualTensor, int]], bool], bool]
 
 
 @dataclass(slots=True)
@@ -51,8 +51,8 @@ class Parking:
         kv, slots, chunks: of the pool.
         balloon: host memory.
         copies: the link.
-        room: chunks that sequences which come back may take.
-        back: backs rows, or none of them, with whatever can be given up for them.
+        room: chunks that a sequence which comes back may take; of all there is, if nobody else can go on.
+        back: backs rows, or none of them, with whatever can be given up for them; the same.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Parking:
         chunks: ChunkPool,
         balloon: Balloon,
         copies: Copies,
-        room: Callable[[], int],
+        room: Callable[[bool], int],
         back: Back,
     ) -> None:
         self._kv = kv
@@ -84,26 +84,33 @@ class Parking:
 
     @property
     def is_moving(self) -> bool:
-        """Whether a copy is under way to the balloon."""
-        return bool(self._outs)
+        """Whether a sequence is on its way to the balloon."""
+        return any(out.backing.is_leaving for out in self._outs)
 
     @property
-    def out_bytes(self) -> int:
-        """Bytes under way to the balloon."""
-        return sum(len(out.rows) for out in self._outs) * self._groups * self.balloon.chunk_bytes
+    def is_copying(self) -> bool:
+        """Whether anything is."""
+        return bool(self._outs)
 
-    def num_host_chunks(self, backing: Backing, begin: int, end: int) -> int:
-        """Host chunks that the balloon lacks to hold these rows."""
-        return max(0, end - max(begin, backing.saved_until)) * self._groups
+    def save(self, backing: Backing, slot: int, num_tokens: int, num_bytes: int) -> int:
+        """Begin to copy full rows of a live sequence to the balloon, ahead of need, if there is room that
+        nobody else has; bytes under way for it.
 
-    def save(self, backing: Backing, slot: int, begin: int, end: int) -> int:
-        """Begin to copy full rows of a live slot to the balloon, those that are not there; how many."""
-        if any(out.backing is backing for out in self._outs):
-            return 0
-        if not backing.begin <= begin <= backing.saved_until:
+        Args:
+            num_tokens: whose KV is in the slot, or will be when the launched steps have ended.
+            num_bytes: to copy at most.
+        """
+        keep = self._slots.prefixes.num_kept(slot)
+        end = num_tokens // self._kv.geometry.tokens_per_chunk
+        if not backing.begin <= keep <= backing.saved_until:
             self._forget(backing)
-            backing.begin = begin
-        return self._copy_out(backing, slot, end) or 0
+            backing.begin = keep
+        row_bytes = self._groups * self.balloon.chunk_bytes
+        most = min(num_bytes // row_bytes, self.balloon.num_spare // self._groups)
+        end = min(end, backing.saved_until + most)
+        if end <= backing.saved_until or backing.saved_until < keep:
+            return 0
+        return (self._copy_out(backing, slot, end) or 0) * row_bytes
 
     def park(self, backing: Backing, slot: int, num_tokens: int, num_chunks: int) -> bool:
         """Begin to move a live sequence off the device. It must not be in a step from now on.
@@ -151,27 +158,28 @@ class Parking:
         """Chunks of a parked sequence that are on the device, and could be had by others."""
         return 0 if backing.is_leaving else (self._groups - len(backing.absent)) * backing.num_rows
 
-    def num_lacking(self, backing: Backing, num_reserved: int) -> int:
+    def num_lacking(self, backing: Backing, num_reserved: int, is_alone: bool = False) -> int:
         """Chunks that there is too little room for a parked sequence to come back, and so many others."""
-        room = self._room() - self.num_idle_of(backing)
+        room = self._room(is_alone) - self.num_idle_of(backing)
         return len(backing.absent) * backing.num_rows + num_reserved - room
 
-    def bring_back(self, backing: Backing, num_reserved: int) -> bool:
+    def bring_back(self, backing: Backing, num_reserved: int, is_alone: bool = False) -> bool:
         """Begin to copy a parked sequence back.
 
         Args:
             num_reserved: chunks of room to leave.
+            is_alone: nobody else can go on, so that nothing has to be left to prompts.
 
         Returns:
             False if there is no room, or no slot, for it now.
         """
-        if backing.is_leaving or self.num_lacking(backing, num_reserved) > 0:
+        if backing.is_leaving or self.num_lacking(backing, num_reserved, is_alone) > 0:
             return False
         self._parked.remove(backing)
         self.num_idle -= self.num_idle_of(backing)
         has_slot = backing.slot is not None
         slot = backing.slot if backing.slot is not None else self._slots.occupy(backing.end)
-        if slot is None or not self._fetch(backing, slot):
+        if slot is None or not self._fetch(backing, slot, is_alone):
             if slot is not None and not has_slot:
                 self._slots.abandon(slot)
             self._stays(backing)
@@ -276,18 +284,16 @@ class Parking:
     def _take_host(self, count: int, but_of: Backing) -> list[int] | None:
         """Host chunks; if there are too few, those of sequences that are on the device as well."""
         host = self.balloon.take(count)
-        for backing in list(self._saved) if host is None else ():
-            if backing is not but_of and not backing.is_parked and count <= self._num_spare_host(but_of):
-                self._forget(backing)
-                host = self.balloon.take(count)
-            if host is not None:
-                break
+        if host is not None:
+            return host
+        busy = [but_of, *(out.backing for out in self._outs)]
+        spare = [one for one in self._saved if not one.is_parked and one not in busy]
+        if count > self.balloon.num_spare + sum(len(one.rows) for one in spare) * self._groups:
+            return None
+        while host is None and spare:
+            self._forget(spare.pop(0))
+            host = self.balloon.take(count)
         return host
-
-    def _num_spare_host(self, but_of: Backing) -> int:
-        """Host chunks that are free, or could be."""
-        spare = [one for one in self._saved if one is not but_of and not one.is_parked]
-        return self.balloon.num_free + sum(len(one.rows) for one in spare) * self._groups
 
     def _out_ended(self, out: _Out) -> None:
         backing = out.backing
@@ -332,14 +338,14 @@ class Parking:
             self._slots.abandon(backing.slot)
             backing.slot = None
 
-    def _fetch(self, backing: Backing, slot: int) -> bool:
+    def _fetch(self, backing: Backing, slot: int, is_alone: bool) -> bool:
         places = self._kv.absent(slot)
         if backing.slot is None:
             rows = self._kv.first_row(slot)
             places = [(tensor, rows + row) for tensor in self._kv.tensors for row in range(backing.end)]
         # What still waits for a step to end may be backed at once, but not be written by another stream.
         after_steps = self._chunks.num_retiring > 0
-        if not self._back(places):
+        if not self._back(places, is_alone):
             return False
         groups = sorted(backing.absent)
         host = [

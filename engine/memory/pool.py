@@ -32,6 +32,7 @@ from engine.messages import MemorySnapshot
 logger = logging.getLogger(__name__)
 
 _USUAL_STEPS = 64  # a sequence that comes back leaves the arena what the largest of so many steps needed
+_ONE_TOKEN = 1, 1
 _MAX_AHEAD = 256  # chunks on their way at once: what they cost to bring back bounds a wait to some 10 ms
 _MAX_HELD = 1024  # chunks kept for growth: that of 128 sequences in 8 layer groups, or of two long prompts
 
@@ -72,7 +73,7 @@ class MemoryPool:
         self._vm = vm
         self._mode = mode
         self._step_chunks = 0
-        self._steps: deque[tuple[int, int]] = deque([(1, 1)], maxlen=_USUAL_STEPS)
+        self._steps: deque[tuple[int, int]] = deque([_ONE_TOKEN], maxlen=_USUAL_STEPS)
         self.chunks = ChunkPool(vm, total)
         if mode != "elastic":
             self.chunks.create_all()
@@ -305,12 +306,12 @@ class MemoryPool:
         """Tokens and rows of the largest of the last steps."""
         return max(self._steps)
 
-    def _room_to_return(self) -> int:
+    def _room_to_return(self, is_alone: bool) -> int:
         """Chunks that a parked sequence may take: what prompts compute in is left to them."""
-        return self.room_for_kv(*self._usual_step)
+        return self.room_for_kv(*(_ONE_TOKEN if is_alone else self._usual_step))
 
-    def _back_returning(self, wanted: Sequence[tuple[VirtualTensor, int]]) -> bool:
-        return self._back(wanted, self.arena.chunks_for(*self._usual_step))
+    def _back_returning(self, wanted: Sequence[tuple[VirtualTensor, int]], is_alone: bool) -> bool:
+        return self._back(wanted, self.arena.chunks_for(*(_ONE_TOKEN if is_alone else self._usual_step)))
 
     def _make_room(self, num_chunks: int, num_used: int) -> None:
         """Let so many chunks become free, from the arena's idle tail first."""

@@ -184,28 +184,31 @@ class Filled:
     wait_s: float
 
     def __str__(self) -> str:
-        short = "" if self.gib >= self.wanted_gib else f" of {self.wanted_gib:.1f}, and grows no further"
+        is_there = self.gib >= self.wanted_gib - 0.1  # whole chunks
+        short = "" if is_there else f" of {self.wanted_gib:.1f}, and grows no further"
         return f"a balloon of {self.gib:.1f} GiB{short}, waited for {self.wait_s:.1f} s"
 
 
 def wait_for_balloon(
     engine: Stepper,
+    wanted_gib: float,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Filled | None:
     """Let an idle engine fill its balloon in the background until it is there, or grows no further.
 
-    None if there is none: of a rival, or of an engine that has it switched off.
+    None if there is none: of a rival, or of an engine that has it switched off. How much of it the policy
+    would use just now (`balloon_logical`) does not matter.
     """
     started = grown_s = clock()
     largest = 0
     while engine.snapshot is not None and engine.snapshot.memory.balloon_logical:
         memory = engine.snapshot.memory
+        gib = memory.chunk_bytes / 2**30
         if memory.balloon_physical > largest:
             largest, grown_s = memory.balloon_physical, clock()
-        if largest >= memory.balloon_logical or clock() - grown_s > _REFUSED_S:
-            gib = memory.chunk_bytes / 2**30
-            return Filled(largest * gib, memory.balloon_logical * gib, clock() - started)
+        if largest >= int(wanted_gib / gib) or clock() - grown_s > _REFUSED_S:
+            return Filled(largest * gib, wanted_gib, clock() - started)
         engine.step()  # takes in the slabs that are made, and has more made
         sleep(_LOOK_S)
     return None

@@ -150,7 +150,8 @@ def _filled_balloon(
     engine: Stepper, args: argparse.Namespace, options: EngineOptions
 ) -> dict[str, float] | None:
     """The balloon, once all of it is there. One whose size is given, on a GPU, is filled from the start."""
-    filled = wait_for_balloon(engine) if options.balloon_gib and args.model in LLAMAS else None
+    wanted_gib = options.balloon_gib if args.model in LLAMAS else None
+    filled = wait_for_balloon(engine, wanted_gib) if wanted_gib else None
     if filled is None:
         return None
     print(filled, flush=True)

@@ -17,7 +17,7 @@ from engine.memory.kv_cache import KvGeometry
 from engine.memory.parking import Parking
 from engine.memory.pool import MemoryPool
 from engine.memory.slabs import PlainSlabs, SlabMaker
-from tests.fakes import CHUNK_BYTES, GEOMETRY, SPECS, HeldCopies, HeldTicket
+from tests.fakes import CHUNK_BYTES, GEOMETRY, SPECS, Bench, HeldCopies, HeldTicket
 from tests.unit.engine_cases import tokens
 
 T = GEOMETRY.tokens_per_chunk
@@ -63,7 +63,7 @@ class Yard:
         total: int = 120,
         host: int = 120,
         geometry: KvGeometry = GEOMETRY,
-        num_slots: int = 8,
+        num_slots: int = 16,
         vm: HostVirtualMemory | None = None,
         maker: SlabMaker | None = None,
     ) -> None:
@@ -188,8 +188,8 @@ class Yard:
     def soil(self) -> None:
         """Let somebody else have what is free, and leave it dirty."""
         visitors = []
-        while self.pool.chunks.num_free > 2 * self.geometry.num_groups and self.pool.num_free_slots:
-            visitors.append(self.guest(self.per_block))
+        while (num_rows := self.pool.chunks.num_free // self.geometry.num_groups - 2) > 0:
+            visitors.append(self.guest(min(num_rows, 8) * self.per_block))
         for visitor in visitors:
             self.pool.close_slot(visitor.held_slot, visitor.chain, ())
         assert visitors
@@ -235,6 +235,11 @@ class Yard:
         known = torch.tensor(guest.known[start:end], dtype=torch.float32)
         values = (known * LONGEST + torch.arange(start, end)) * 8 + layer
         return torch.stack([values, -values], dim=1)[:, :, None, None]
+
+
+def num_parkings(bench: Bench) -> int:
+    """How often a sequence of an engine was parked."""
+    return sum(count for why, count in bench.scheduler.turns.decisions.items() if why.startswith("park"))
 
 
 def check_ticket(pool: MemoryPool, ticket: HeldTicket) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from cluster.bench.summary import summarise
 from cluster.bench.workload import PlannedRequest, RandomPlan, Workload
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
 from engine.messages import EngineSnapshot, MemorySnapshot
+from tests.bench import run_engine
+from tests.bench.engine_options import EngineOptions
 from tests.bench.in_process import BallonetStepper, Filled, drive, wait_for_balloon
 from tests.bench.models import LLAMA_8B
 from tests.bench.step_watch import Gain
@@ -100,7 +103,7 @@ class GrowingEngine(SteadyEngine):
 
 def test_the_balloon_is_waited_for() -> None:
     clock = Clock()
-    filled = wait_for_balloon(GrowingEngine(clock, wanted=5), clock, clock.sleep)
+    filled = wait_for_balloon(GrowingEngine(clock, wanted=5), 5.0, clock, clock.sleep)
     assert filled is not None
     assert filled == Filled(5.0, 5.0, filled.wait_s)
     assert str(filled) == "a balloon of 5.0 GiB, waited for 3.0 s"
@@ -108,7 +111,7 @@ def test_the_balloon_is_waited_for() -> None:
 
 def test_a_balloon_that_is_refused_is_waited_for_no_longer() -> None:
     clock = Clock()
-    filled = wait_for_balloon(GrowingEngine(clock, wanted=50, refused_at=4), clock, clock.sleep)
+    filled = wait_for_balloon(GrowingEngine(clock, wanted=50, refused_at=4), 50.0, clock, clock.sleep)
     assert filled is not None
     assert (filled.gib, filled.wanted_gib) == (4.0, 50.0)
     assert 20 < filled.wait_s < 25
@@ -117,8 +120,8 @@ def test_a_balloon_that_is_refused_is_waited_for_no_longer() -> None:
 
 def test_who_has_no_balloon_waits_for_none() -> None:
     clock = Clock()
-    assert wait_for_balloon(SteadyEngine(clock), clock, clock.sleep) is None
-    assert wait_for_balloon(GrowingEngine(clock, wanted=0), clock, clock.sleep) is None
+    assert wait_for_balloon(SteadyEngine(clock), 5.0, clock, clock.sleep) is None
+    assert wait_for_balloon(GrowingEngine(clock, wanted=0), 5.0, clock, clock.sleep) is None
     assert clock.now == 100.0
 
 
@@ -234,3 +237,15 @@ def test_an_engine_that_forgets_a_request_is_found_out() -> None:
     workload = Workload("w", (PlannedRequest(0.0, 1, 1),), 0)
     with pytest.raises(RuntimeError, match="1 requests are open"):
         drive(SteadyEngine(clock, idle=True), workload, clock, clock.sleep)
+
+
+def test_only_a_balloon_whose_size_is_given_on_a_gpu_is_waited_for() -> None:
+    gpu, cpu = Namespace(model="llama-8b"), Namespace(model="demo")
+    given, own = EngineOptions(balloon_gib=5.0), EngineOptions()
+    told = run_engine._filled_balloon(GrowingEngine(Clock(), wanted=5), gpu, given)
+    assert told is not None
+    assert (told["gib"], told["wanted_gib"]) == (5.0, 5.0)
+    for args, options in ((gpu, own), (cpu, given), (gpu, EngineOptions(balloon_gib=0.0))):
+        engine = GrowingEngine(Clock(), wanted=5)
+        assert run_engine._filled_balloon(engine, args, options) is None
+        assert engine.memory.balloon_physical == 0

@@ -10,7 +10,7 @@ import torch
 
 from engine.memory.kv_cache import KvGeometry
 from engine.memory.slabs import PlainSlabs, Slab
-from tests.fakes import CHUNK_BYTES, HeldCopies, HeldTicket
+from tests.fakes import CHUNK_BYTES, HeldTicket
 from tests.unit.parking_cases import GROUPS, IN, LONGEST, OUT, STAGES, Guest, T, Yard
 
 LEAVING = [(layers, count) for layers in (1, 4, 5) for count in range(layers + 1)]
@@ -94,7 +94,7 @@ def test_rows_that_were_reserved_and_not_written_are_not_kept() -> None:
 
 def test_what_is_read_through_another_slot_stays_there() -> None:
     yard = Yard()
-    source = yard.guest(2 * T + 5)
+    source = yard.guest(2 * T + 20)
     yard.end(source)
     guest = yard.guest(4 * T + 3, prefix=source.known[: 2 * T])
     assert guest.opened.shared_tokens == 2 * T
@@ -151,6 +151,7 @@ def test_a_sequence_that_others_read_wholly_cannot_leave() -> None:
     assert facts(yard) == before
     yard.verify(guest)
     yard.end(reader)
+    yard.pool.trim(drops_cache=True)  # what the reader has left is read through the slot, too
     yard.leave(guest)
     assert guest.backing.slot is None
 
@@ -212,7 +213,7 @@ def test_without_a_slot_it_stays_parked() -> None:
 
 
 def test_without_room_it_stays_parked() -> None:
-    yard = Yard(total=40)
+    yard = Yard(total=38)
     guest = yard.guest(3 * T + 1)
     yard.leave(guest, 2 * 4)
     other = yard.guest(5 * T)
@@ -232,22 +233,17 @@ def test_without_room_it_stays_parked() -> None:
 
 
 def test_what_stays_makes_room_group_by_group_when_others_need_it() -> None:
-    yard = Yard(total=52)
+    yard = Yard(total=32)
     guest = yard.guest(4 * T)
     yard.leave(guest, 0)
-    other = yard.guest(T)
-    seen, slot = [len(guest.backing.absent)], guest.backing.slot
-    room = yard.pool.room_for_kv(T // 2, 1)
-    while yard.compute(other, other.num_computed + T // 2):
+    slot, other, absent = guest.backing.slot, yard.guest(T), []
+    assert yard.pool.room_for_kv(T // 2, 1) == 2 * GROUPS + 4 * GROUPS, "what is in the balloon too is room"
+    while yard.compute(other, other.num_computed + T):
         yard.pool.check()
-        seen.append(len(guest.backing.absent))
-        assert yard.parking.num_idle == (GROUPS - seen[-1]) * 4
-        assert guest.backing.slot == (slot if seen[-1] < GROUPS else None)
-        if other.num_computed == LONGEST:
-            break
-    assert room >= 44, "what is in the balloon too is room for others"
-    assert seen == sorted(seen)
-    assert set(seen) >= {0, 1, 3, 4}
+        absent.append(len(guest.backing.absent))
+        assert yard.parking.num_idle == (GROUPS - absent[-1]) * 4
+        assert guest.backing.slot == (slot if absent[-1] < GROUPS else None)
+    assert absent == [0, 0, 1, 2, 3, 4]
     yard.verify(other)
     yard.end(other)
     yard.pool.trim(drops_cache=True)
@@ -390,7 +386,6 @@ def test_copies_are_taken_in_one_by_one() -> None:
     guests = [yard.guest(2 * T + at) for at in range(3)]
     for guest in guests:
         assert yard.park(guest)
-    assert yard.parking.out_bytes == (2 + 3 + 3) * GROUPS * CHUNK_BYTES
     yard.copies.end(yard.copies.submitted[1])
     yard.parking.settle()
     yard.pool.check()
@@ -400,7 +395,6 @@ def test_copies_are_taken_in_one_by_one() -> None:
     yard.pool.check()
     assert not guests[2].backing.is_leaving
     assert not yard.parking.is_moving
-    assert yard.parking.out_bytes == 0
     yard.soil()
     for guest in guests:
         yard.back(guest)
@@ -559,46 +553,57 @@ def test_a_dropped_pool_ends_its_copies_before_its_memory_goes(stage: str) -> No
 # Saved ahead
 
 
+def save(yard: Yard, guest: Guest, num_rows: int = 1000) -> int:
+    """Begin to save so many more rows of a sequence that runs; how many it were."""
+    row_bytes = GROUPS * CHUNK_BYTES
+    num_bytes = yard.parking.save(guest.backing, guest.held_slot, guest.num_computed, num_rows * row_bytes)
+    assert num_bytes % row_bytes == 0
+    yard.pool.check()
+    return num_bytes // row_bytes
+
+
 def test_rows_that_are_saved_ahead_are_not_copied_again() -> None:
     yard = Yard()
     guest = yard.guest(4 * T + 2)
-    assert yard.parking.num_host_chunks(guest.backing, 0, 3) == 3 * GROUPS
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 3) == 3
+    assert save(yard, guest, 3) == 3
     assert yard.compute(guest, 4 * T + 5), "it goes on beside the copy"
     yard.settle()
     assert yard.balloon.num_used == 3 * GROUPS
-    assert yard.parking.num_host_chunks(guest.backing, 0, 4) == GROUPS
     yard.leave(guest)
     assert yard.copies.bytes_moved(OUT) == (3 + 2) * GROUPS * CHUNK_BYTES
     yard.soil()
     yard.back(guest)
 
 
-def test_a_sequence_is_saved_one_copy_at_a_time() -> None:
+def test_only_full_rows_are_saved_and_each_once() -> None:
     yard = Yard()
-    guest = yard.guest(4 * T)
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 2) == 2
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 4) == 0
+    guest = yard.guest(4 * T + T - 1)
+    assert save(yard, guest, 1) == 1
     yard.settle()
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 4) == 2
+    assert save(yard, guest) == 3
     yard.settle()
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 4) == 0
-    assert yard.balloon.num_used == 4 * GROUPS
+    assert save(yard, guest) == 0
+    assert yard.compute(guest, 5 * T)
+    assert save(yard, guest) == 1
+    yard.settle()
+    assert yard.balloon.num_used == 5 * GROUPS
     assert yard.park(guest)
-    assert not guest.backing.is_leaving
+    assert not guest.backing.is_leaving, "with everything saved there is nothing to wait for"
     yard.soil()
     yard.back(guest)
 
 
-def test_what_is_saved_begins_where_it_is_wanted() -> None:
-    """The books have no gap: rows from further behind or before are saved anew."""
+def test_what_others_read_is_not_saved() -> None:
     yard = Yard()
-    guest = yard.guest(6 * T)
-    for begin, end, count in ((2, 3, 1), (4, 6, 2), (4, 5, 0), (1, 3, 2)):
-        assert yard.parking.save(guest.backing, guest.held_slot, begin, end) == count
-        yard.settle()
-    assert (guest.backing.begin, guest.backing.saved_until) == (1, 3)
-    assert yard.balloon.num_used == 2 * GROUPS
+    guest = yard.guest(4 * T)
+    reader = yard.guest(2 * T + 9, prefix=guest.known[: 2 * T])
+    assert save(yard, guest) == 2
+    yard.settle()
+    yard.end(reader)
+    yard.pool.trim(drops_cache=True)
+    assert save(yard, guest) == 4, "from its beginning, now that nobody reads that: the books have no gap"
+    yard.settle()
+    assert yard.balloon.num_used == 4 * GROUPS
     yard.leave(guest)
     yard.soil()
     yard.back(guest)
@@ -607,8 +612,11 @@ def test_what_is_saved_begins_where_it_is_wanted() -> None:
 def test_a_sequence_that_is_parked_while_it_is_saved_waits_for_that() -> None:
     yard = Yard()
     guest = yard.guest(4 * T)
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 3) == 3
+    assert save(yard, guest, 3) == 3
+    assert yard.parking.is_copying
+    assert not yard.parking.is_moving, "nobody waits for it"
     assert yard.park(guest)
+    assert yard.parking.is_moving
     assert [ticket.is_done for ticket in yard.copies.submitted] == [True, False]
     assert yard.copies.bytes_moved(OUT) == 4 * GROUPS * CHUNK_BYTES
     yard.settle()
@@ -619,17 +627,17 @@ def test_a_sequence_that_is_parked_while_it_is_saved_waits_for_that() -> None:
 def test_a_sequence_that_ends_while_it_is_saved_keeps_its_rows_until_then() -> None:
     yard = Yard()
     guest = yard.guest(4 * T)
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 4) == 4
+    assert save(yard, guest) == 4
     yard.end(guest)
-    assert isinstance(yard.copies, HeldCopies)
     assert yard.copies.under_way == []
     assert yard.balloon.num_used == 0
     assert yard.pool.snapshot().cached == 4 * GROUPS
 
 
-def test_without_room_nothing_is_saved() -> None:
-    yard = Yard(host=3 * GROUPS)
-    guest = yard.guest(4 * T)
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 4) == 0
-    assert yard.balloon.num_used == 0
-    assert yard.parking.save(guest.backing, guest.held_slot, 0, 3) == 3
+def test_nobody_gives_way_for_what_is_saved_ahead() -> None:
+    yard = Yard(host=5 * GROUPS + 1)
+    saved, guest = saved_and_running(yard, 3), yard.guest(4 * T)
+    assert save(yard, guest) == 2, "as much as there is room for"
+    yard.settle()
+    assert len(saved.backing.rows) == 3
+    assert save(yard, guest) == 0

@@ -12,6 +12,7 @@ import pytest
 from cluster.bench.workload import RandomPlan, Workload
 from tests.bench.ablation_ladder import RUNGS
 from tests.bench.engine_options import EngineOptions
+from tests.simulation import report
 from tests.simulation.runs import Run, simulate
 
 # As `tight` of the report, a quarter as large: requests come about twice as fast as memory lets them go.
@@ -95,3 +96,12 @@ def test_nobody_starves_behind_others_of_higher_priority(rung: str) -> None:
     assert all(record.succeeded for record in records)
     for request_id in low:
         assert records[int(request_id)].end_s < arrivals_end_s, "it had to wait for the end of the overload"
+
+
+def test_the_report_climbs_the_ladders_rungs_on_each_machine() -> None:
+    assert list(report.RUNGS)[:4] == ["fcfs", "balloon", "slo", "deposit"]
+    for scenario in report.SCENARIOS.values():
+        told = {name: scenario.options(rung) for name, rung in report.RUNGS.items()}
+        assert {options.kv_gib for options in told.values()} == {scenario.kv_gib}
+        assert told.pop("fcfs").balloon_gib == 0.0
+        assert {options.balloon_gib for options in told.values()} == {scenario.balloon_gib}
