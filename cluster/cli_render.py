@@ -44,6 +44,7 @@ def pool_picture(snapshot: EngineSnapshot) -> RenderableType:
         f"{memory.total} chunks of {size(memory.chunk_bytes)}, {size(memory.created * memory.chunk_bytes)} "
         f"physical, {memory.kv_tokens} tokens of KV",
         _outside(memory),
+        _balloon(snapshot),
         _hit_rate(snapshot),
         f"{memory.driver_calls} driver calls since start, {memory.driver_calls_beside} more beside the steps",
     )
@@ -61,6 +62,22 @@ def _outside(memory: MemorySnapshot) -> str:
     }
     held = [f"{label} {size(num_bytes)}" for label, num_bytes in parts.items() if num_bytes]
     return f"outside the pool: {', '.join(held)}" if held else ""
+
+
+def _parked(snapshot: EngineSnapshot) -> str:
+    return f"{snapshot.num_parked} parked, " if snapshot.memory.balloon_physical else ""
+
+
+def _balloon(snapshot: EngineSnapshot) -> str:
+    """Host memory for KV, and what was decided about it since start."""
+    memory = snapshot.memory
+    if not memory.balloon_physical:
+        return ""
+    used, physical = memory.balloon * memory.chunk_bytes, memory.balloon_physical * memory.chunk_bytes
+    decisions = ", ".join(f"{name} {count}" for name, count in snapshot.decisions)
+    copied = f"{size(memory.copied_out_bytes)} copied out, {size(memory.copied_in_bytes)} back"
+    told = f"balloon: {size(used)} of {size(physical)}, {copied}"
+    return f"{told} ({decisions})" if decisions else told
 
 
 def _hit_rate(snapshot: EngineSnapshot) -> str:
@@ -91,7 +108,7 @@ def status_view(models: Mapping[str, Sequence[EngineSnapshot]]) -> RenderableTyp
         for number, snapshot in enumerate(snapshots):
             title = Text(f"{model_id} group {number}: ", style="bold")
             title.append(
-                f"{snapshot.num_running} running, {snapshot.num_waiting} waiting, "
+                f"{snapshot.num_running} running, {_parked(snapshot)}{snapshot.num_waiting} waiting, "
                 f"{snapshot.generated_tokens} tokens out, {snapshot.num_preemptions} preempted",
                 style="not bold",
             )

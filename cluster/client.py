@@ -186,5 +186,6 @@ def _refused(response: httpx.Response) -> ClientError:
 def _snapshot(data: Mapping[str, Any]) -> EngineSnapshot:
     fields = dict(data)
     fields["memory"] = MemorySnapshot(**fields["memory"])
-    fields["finished"] = tuple((reason, count) for reason, count in fields["finished"])
+    for name in ("finished", "decisions"):
+        fields[name] = tuple((what, count) for what, count in fields[name])
     return EngineSnapshot(**fields)

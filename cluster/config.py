@@ -77,6 +77,10 @@ class EngineKwargs(Section):
     turn_tokens: PositiveInt = _SCHEDULER.turn_tokens
     deposit: bool = _SCHEDULER.deposit
     on_overload: OnOverload = _SCHEDULER.on_overload
+    feedback_window: PositiveInt = _SCHEDULER.feedback_window
+    feedback_breaches: PositiveInt = _SCHEDULER.feedback_breaches
+    feedback_factor: PositiveFloat = _SCHEDULER.feedback_factor
+    feedback_dwell_steps: NonNegativeInt = _SCHEDULER.feedback_dwell_steps
     enable_prefix_caching: bool = _MEMORY.enable_prefix_caching
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"

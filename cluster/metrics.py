@@ -66,7 +66,13 @@ REGISTRY: tuple[Metric, ...] = (
         ("model_name", "status"),
     ),
     # From each TP group: what its engine is doing.
-    Metric("ballonet_num_requests_running", "gauge", "requests", "Sequences that hold KV."),
+    Metric("ballonet_num_requests_running", "gauge", "requests", "Sequences that compute, or are about to."),
+    Metric(
+        "ballonet_num_requests_parked",
+        "gauge",
+        "requests",
+        "Sequences whose KV is in the balloon on the host while others have their turn.",
+    ),
     Metric("ballonet_num_requests_waiting", "gauge", "requests", "Sequences in the engine's queue."),
     Metric(
         "ballonet_kv_cache_usage_perc",
@@ -100,6 +106,35 @@ REGISTRY: tuple[Metric, ...] = (
     Metric("ballonet_generation_tokens", "counter", "tokens", "Tokens generated."),
     Metric(
         "ballonet_num_preemptions", "counter", "preemptions", "Sequences whose KV was dropped to make room."
+    ),
+    Metric(
+        "ballonet_scheduler_decisions",
+        "counter",
+        "decisions",
+        "What was decided about who computes: park_for_prompt, park_for_turn, park_for_growth, return, "
+        "recompute, shed; and of the room for new prompts in the balloon, deflate and inflate.",
+        ("model_name", "decision"),
+    ),
+    Metric(
+        "ballonet_balloon_bytes",
+        "gauge",
+        "bytes",
+        "Host memory for KV: used, physical (there is so much), logical (new prompts may send others there).",
+        ("model_name", "state"),
+    ),
+    Metric(
+        "ballonet_balloon_copied_bytes",
+        "counter",
+        "bytes",
+        "KV copied between the device and the balloon, out and in.",
+        ("model_name", "direction"),
+    ),
+    Metric("ballonet_deposited_tokens", "gauge", "tokens", "Tokens held back: ahead of their clients' pace."),
+    Metric(
+        "ballonet_expected_ttft_seconds",
+        "gauge",
+        "s",
+        "How long a new request would wait for its first token, by the newest rate of prompts.",
     ),
     Metric("ballonet_engine_steps", "counter", "steps", "Forward passes."),
     Metric("ballonet_engine_step_seconds", "gauge", "s", "Duration of the newest forward pass."),
@@ -227,6 +262,9 @@ class GroupMetrics(_Feeder):
         gauges: dict[str, float] = {
             "num_requests_running": snapshot.num_running,
             "num_requests_waiting": snapshot.num_waiting,
+            "num_requests_parked": snapshot.num_parked,
+            "deposited_tokens": snapshot.num_deposited,
+            "expected_ttft_seconds": snapshot.expected_ttft_s,
             "kv_cache_usage_perc": memory.kv / memory.total if memory.total else 0.0,
             "kv_cache_tokens": memory.kv_tokens,
             "pool_created_bytes": memory.created * memory.chunk_bytes,
@@ -249,6 +287,23 @@ class GroupMetrics(_Feeder):
             self._send("driver_calls", grown, model_name=model, made=made)
         for owner, num_bytes in memory_by_owner(memory).items():
             self._send("memory_bytes", num_bytes, model_name=model, owner=owner)
+        self._export_balloon(snapshot)
+
+    def _export_balloon(self, snapshot: EngineSnapshot) -> None:
+        model, memory = snapshot.model_id, snapshot.memory
+        for decision, total in snapshot.decisions:
+            grown = self._totals.grown(f"decision {decision}", total)
+            self._send("scheduler_decisions", grown, model_name=model, decision=decision)
+        states = (
+            ("used", memory.balloon),
+            ("physical", memory.balloon_physical),
+            ("logical", memory.balloon_logical),
+        )
+        for state, chunks in states:
+            self._send("balloon_bytes", chunks * memory.chunk_bytes, model_name=model, state=state)
+        for direction, total in (("out", memory.copied_out_bytes), ("in", memory.copied_in_bytes)):
+            grown = self._totals.grown(f"copied {direction}", total)
+            self._send("balloon_copied_bytes", grown, model_name=model, direction=direction)
 
 
 def memory_by_owner(memory: MemorySnapshot) -> dict[str, int]:

@@ -18,7 +18,7 @@ _TOKENS_OF_A_READ = 256
 # that an 8B model has a CUDA graph for.
 _LEAST = 2 * _TOKENS_OF_A_READ
 _SHARE_OF_FIRST = 4  # a prompt by itself is spread over a quarter of the steps
-_AIM = 0.5  # of the time to the first token that is promised: the rest is for what nobody foresees
+_AIM = 0.75  # of the time to the first token that is promised: the rest is for what nobody foresees
 _URGENT = 32  # waiting requests whose deadlines are looked at
 
 

@@ -332,7 +332,7 @@ class Scheduler:
             seq.first_token_s = self._clock()
         seq.output_token_ids.append(token)
         self.generated_tokens += 1
-        reason = self._finish_reason(seq, token)
+        reason = seq.ending(self._eos, self._max_model_len)
         if reason:
             self._remove(seq, reason)
             self.finished[reason] += 1
@@ -343,14 +343,6 @@ class Scheduler:
         return TokenDelta(
             seq.request_id, (token,), entries, reason, None, seq.num_preemptions, seq.num_cached_tokens
         )
-
-    def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
-        sampling = seq.sampling
-        if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
-            return "stop"
-        if len(seq.output_token_ids) >= sampling.max_tokens or seq.num_known >= self._max_model_len:
-            return "length"
-        return None
 
     def _is_unsettled(self) -> bool:
         """Whether a step or a copy in flight will end sequences, free chunks or bring a sequence back."""

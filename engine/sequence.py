@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
 from engine.config import SloConfig
 from engine.memory.backing import Backing
 from engine.memory.blocks import Opened, TokenChain
-from engine.messages import PENDING_TOKEN, BlockCopy, GenerateRequest, SamplingParams
+from engine.messages import PENDING_TOKEN, BlockCopy, FinishReason, GenerateRequest, SamplingParams
 
 
 class State(Enum):
@@ -137,6 +138,13 @@ class Sequence:
     def longest(self, max_model_len: int) -> int:
         """Tokens it can have in the end."""
         return min(len(self.request.prompt_token_ids) + self.sampling.max_tokens, max_model_len)
+
+    def ending(self, eos_token_ids: Collection[int], max_model_len: int) -> FinishReason | None:
+        """Why it ends with its newest token, if it does."""
+        token, sampling = self.output_token_ids[-1], self.sampling
+        if (token in eos_token_ids and not sampling.ignore_eos) or token in sampling.stop_token_ids:
+            return "stop"
+        return "length" if self.num_known >= self.longest(max_model_len) else None
 
     def open(self, opened: Opened, seat: int) -> None:
         """Move into a slot, and take over what is there of it."""

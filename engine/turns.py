@@ -24,7 +24,7 @@ from engine.sequence import Sequence, State
 _REMEMBERED = 64  # finished requests that the forecast of an answer's length is made from
 _ENOUGH = 8  # of them; until then half of what a request may generate is expected
 _CROWDED = 0.75  # of the pool in use: below, nobody will be parked soon
-_FULL = 0.5  # of the balloon
+_FULL = 0.8  # of the balloon
 _AT_STAKE_S = 2.0  # of slack
 _LONGEST_PAUSE_S = 5.0
 _LATE = 0.05  # of all sequences: more that cannot keep their mean time per token are a breach

@@ -145,6 +145,7 @@ class Balloon:
         """Take in a finished slab, and have one made if too few chunks are free. Cheap: for every step."""
         self._receive()
         is_short = 2 * len(self._free) < self._slab_chunks or len(self._free) < self._num_asked
+        is_short |= self._is_filled
         if is_short and self._growth is None and self.num_physical < self.num_logical:
             self._grow()
 

@@ -22,6 +22,10 @@ MEMORY = MemorySnapshot(
     driver_calls=90,
     driver_calls_beside=40,
     balloon=6,
+    balloon_logical=20,
+    balloon_physical=30,
+    copied_out_bytes=9 << 20,
+    copied_in_bytes=5 << 20,
     weight_bytes=7 << 20,
     graph_bytes=3 << 20,
     workspace_bytes=1 << 20,
@@ -44,6 +48,11 @@ def snapshot(model_id: str, scale: int = 1) -> EngineSnapshot:
         memory=MEMORY,
         prefix_queries=300 * scale,
         prefix_hits=100 * scale,
+        num_parked=2,
+        num_parkings=6 * scale,
+        num_deposited=11,
+        expected_ttft_s=0.25,
+        decisions=(("park_for_prompt", 4 * scale), ("return", 5 * scale)),
     )
 
 

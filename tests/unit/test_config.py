@@ -83,6 +83,10 @@ def test_every_engine_field_arrives() -> None:
         "turn_tokens": 16,
         "deposit": False,
         "on_overload": "shed",
+        "feedback_window": 7,
+        "feedback_breaches": 4,
+        "feedback_factor": 1.5,
+        "feedback_dwell_steps": 10,
         "enable_prefix_caching": False,
         "dtype": "float16",
         "load_format": "dummy",
@@ -113,6 +117,8 @@ def test_every_engine_field_arrives() -> None:
     assert (scheduler.max_prefill_tokens, scheduler.largest_step, scheduler.max_overtaken) == (128, 128, 0)
     assert (scheduler.policy, scheduler.turn_tokens) == ("fcfs", 16)
     assert (scheduler.deposit, scheduler.on_overload) == (False, "shed")
+    assert (scheduler.feedback_window, scheduler.feedback_breaches) == (7, 4)
+    assert (scheduler.feedback_factor, scheduler.feedback_dwell_steps) == (1.5, 10)
     assert (engine.memory.mode, engine.memory.pool_bytes, engine.memory.chunk_bytes) == (
         "virtual",
         2**30,

@@ -71,6 +71,27 @@ def test_counters_grow_by_what_the_engine_counted() -> None:
     assert backend.values("ballonet_prefix_cache_hits") == [100, 200]
 
 
+def test_decisions_and_the_balloon_are_told() -> None:
+    backend = RecordingBackend()
+    group = GroupMetrics(backend)
+    for scale in (1, 3):
+        group.export(snapshot("a", scale))
+    told = [
+        (labels["decision"], value)
+        for _, metric, value, labels in backend.calls
+        if metric.name == "ballonet_scheduler_decisions"
+    ]
+    assert told == [("park_for_prompt", 4), ("return", 5), ("park_for_prompt", 8), ("return", 10)]
+    sizes = {
+        labels["state"]: value
+        for _, metric, value, labels in backend.calls
+        if metric.name == "ballonet_balloon_bytes"
+    }
+    assert sizes == {"used": 6 << 20, "physical": 30 << 20, "logical": 20 << 20}
+    assert backend.values("ballonet_balloon_copied_bytes") == [9 << 20, 5 << 20]
+    assert backend.last("ballonet_num_requests_parked") == 2
+
+
 def test_driver_calls_are_counted_apart() -> None:
     backend = RecordingBackend()
     group = GroupMetrics(backend)

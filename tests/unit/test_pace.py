@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,8 +12,9 @@ from engine.config import MemoryConfig, SchedulerConfig
 from engine.errors import ConfigError
 from engine.memory.blocks import TokenChain
 from engine.messages import GenerateRequest, SamplingParams
-from engine.pace import Pace
+from engine.pace import Backlog, Pace, backlog_of
 from engine.sequence import Sequence
+from engine.step_times import StepTimes, StepWork
 from tests.fakes import Bench
 from tests.unit.engine_cases import ask, finish
 
@@ -31,7 +34,52 @@ def _tokens(
     steps: int = 16,
 ) -> int:
     limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=STEP, prefill_spread_steps=steps)
-    return decodes + Pace(limits).prompt_tokens(decodes, prompts or [], next_lacks, waiting)
+    begun = backlog_of(prompts or [], None, None)
+    backlog = Backlog(begun.first or next_lacks, begun.tokens + waiting)
+    return decodes + Pace(limits, StepTimes()).prompt_tokens([_prompt(1)] * decodes, backlog, math.inf)
+
+
+def _fitted() -> StepTimes:
+    """7 ms for the weights, 25 us a prompt token: what an 8B model takes on an H100."""
+    times = StepTimes()
+    for tokens in range(0, 4096, 64):
+        work = StepWork(tokens, tokens % 5, tokens % 7 * 1000)
+        times.observe(work, 7e-3 + tokens * 25e-6)
+    return times
+
+
+def _hurried(due: list[tuple[int, float]], bearable_s: float = math.inf, share: float = 1.0) -> int:
+    limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=STEP)
+    backlog = Backlog(due[0][0], sum(tokens for tokens, _ in due), due)
+    return Pace(limits, _fitted()).prompt_tokens([_prompt(1)] * 8, backlog, bearable_s, share)
+
+
+def test_what_is_due_soon_is_not_spread() -> None:
+    leisurely = _hurried([(8000, 10.0)])
+    assert leisurely == pytest.approx(8000 * 4 / (16 * (1 - 8 / 256)), rel=0.01)
+    # 8,000 tokens in 0.25 s: 200 ms of products leave 50 ms for 7 ms of weights a step, 7 steps.
+    assert _hurried([(8000, 0.3)]) == leisurely
+    assert 8000 / 7 < _hurried([(8000, 0.22)]) < STEP
+    assert _hurried([(8000, 0.1)]) == STEP - 8
+
+
+def test_the_prompt_behind_can_be_what_hurries() -> None:
+    assert _hurried([(1000, 5.0), (8000, 0.2)]) > _hurried([(1000, 5.0), (8000, 9.0)])
+
+
+def test_a_step_is_no_longer_than_others_can_bear() -> None:
+    assert _hurried([(8000, 0.1)], bearable_s=0.067) == pytest.approx((0.067 - 0.007) / 25e-6, rel=0.05)
+
+
+def test_feedback_takes_a_share_of_the_step() -> None:
+    assert _hurried([(8000, 0.1)], share=0.25) == (STEP - 8) // 4
+    assert _hurried([(8000, 0.1)], share=0.01) == 512
+
+
+def test_late_prompts_hurry_nobody() -> None:
+    late, soon = _prompt(100), _prompt(50)
+    late.ttft_slo_s, soon.ttft_slo_s = 1.0, 10.0
+    assert [tokens for tokens, _ in backlog_of([late, soon], None, 2.0).due] == [50]
 
 
 def test_a_short_prompt_comes_in_one_step() -> None:
@@ -107,5 +155,5 @@ def test_a_prompt_that_waits_for_memory_does_not_hurry_the_others() -> None:
     for _ in range(20):
         bench.engine.step()
     assert bench.engine.snapshot.num_waiting == 2
-    assert bench.scheduler._step_tokens(1) <= 513
+    assert bench.scheduler._step_tokens(bench.scheduler._decodable(), 0.0) <= 513
     finish(bench, requests)
