@@ -153,7 +153,7 @@ class Engine:
             queued = [order for order in list(self._inbox) if isinstance(order, GenerateRequest)]
             tokens = sum(len(one.prompt_token_ids) for one in (*queued, request))
             try:
-                check_in_time(request, self._config.slo, self._scheduler.expected_ttft_s(tokens))
+                check_in_time(request, self._config.slo, self._scheduler.queue_time.first_token_s(tokens))
             except OverloadedError:
                 self._scheduler.turns.decisions["shed"] += 1
                 raise
@@ -346,12 +346,12 @@ class Engine:
             self._commit(launched.sequences, results)
 
     def _commit(self, sequences: Sequence[EngineSequence], results: Sequence[Sampled]) -> None:
-        deltas = []
+        deltas, holds_back = [], self._scheduler.takes_turns
         for seq, one in zip(sequences, results, strict=True):
             if one.error is None:
                 delta = self._scheduler.commit(seq, one.token_id, one.logprobs)
                 if delta is not None:
-                    deltas.append((delta, seq.due_s))
+                    deltas.append((delta, seq.due_s if holds_back else 0.0))
             elif self._scheduler.get(seq.request_id) is seq:
                 self._fail(seq, one.error)
         self._publish_all(deltas)

@@ -21,7 +21,7 @@ class Draft:
         self._pool = pool
         self._max_tokens = max_tokens
         self._largest_step = largest_step
-        self._has_decodes = False
+        self._num_decodes = 0
         self.pieces: list[tuple[Sequence, int, bool]] = []
         self.num_tokens = 0
         self._num_rows = 0
@@ -35,12 +35,12 @@ class Draft:
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of pieces of prompts."""
-        return sum([count for seq, count, _ in self.pieces if not seq.is_decoding])
+        return self.num_tokens - self._num_decodes
 
     @property
     def tokens_left(self) -> int:
         """Tokens the step may still gain."""
-        return (self._max_tokens if self._has_decodes else self._largest_step) - self.num_tokens
+        return (self._max_tokens if self._num_decodes else self._largest_step) - self.num_tokens
 
     def plan(self, step: int) -> StepPlan:
         """The draft as what a step computes."""
@@ -81,7 +81,7 @@ class Draft:
         self.num_tokens += count
         self._num_rows += samples
         self._kv_chunks += chunks
-        self._has_decodes |= seq.is_decoding
+        self._num_decodes += seq.is_decoding
         self._pool.prefixes.drafted(seq.held_slot, end, self.number)
         return True
 
@@ -97,5 +97,5 @@ class Draft:
         self.pieces = [(seq, 1, True) for seq in sequences]
         self.num_tokens = self._num_rows = count
         self._kv_chunks = chunks
-        self._has_decodes = bool(sequences)
+        self._num_decodes = count
         return True

@@ -17,6 +17,7 @@ class QueueTime:
         self._tokens = 0
         self._last_s: float | None = None
         self._was_busy = False
+        self._backlog = 0
 
     def step(self, now_s: float, tokens: int, backlog: int) -> None:
         """A step is about to compute so many prompt tokens, and leaves so many for later."""
@@ -24,11 +25,14 @@ class QueueTime:
             self._busy_s += now_s - self._last_s
         self._last_s, self._was_busy = now_s, tokens > 0 or backlog > 0
         self._tokens += tokens
+        self._backlog = backlog
         if self._busy_s >= _WINDOW_S:
             rate = self._tokens / self._busy_s
             self._rate = rate if self._rate is None else self._rate + _SMOOTHING * (rate - self._rate)
             self._busy_s, self._tokens = 0.0, 0
 
-    def seconds(self, tokens: int) -> float:
-        """Until so many prompt tokens have been computed; 0 while nothing is known."""
-        return tokens / self._rate if self._rate else 0.0
+    def first_token_s(self, tokens: int) -> float:
+        """Seconds until a request of so many tokens would have its first, if it came now; 0 while nothing is
+        known. For any thread.
+        """
+        return (self._backlog + tokens) / self._rate if self._rate else 0.0

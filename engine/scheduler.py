@@ -66,8 +66,7 @@ class Scheduler:
         self._free_seats = list(range(config.max_num_seqs))[::-1]
         self._is_held_up = False
         self._num_lacking = 0  # chunks that the next waiting request lacks
-        self._queue_time = QueueTime()
-        self._backlog = 0  # prompt tokens to be computed
+        self.queue_time = QueueTime()
         self._num_drafts = 0
         self._num_steps = 0
         self.num_preemptions = 0
@@ -113,11 +112,13 @@ class Scheduler:
         """
         self._num_drafts += 1
         now_s = self._clock()
-        self._take_turns(now_s)
-        running = self._decodable()
-        draft = Draft(
-            self._num_drafts, self._pool, self._step_tokens(running, now_s), self._config.largest_step
+        running = self._take_turns(now_s)
+        begun = (
+            [seq for seq in self._active if not seq.is_decoding] if len(running) < len(self._active) else []
         )
+        lacking = self._waiting.num_lacking_tokens + sum([seq.num_tokens - seq.num_computed for seq in begun])
+        step_tokens = self._step_tokens(running, begun, now_s)
+        draft = Draft(self._num_drafts, self._pool, step_tokens, self._config.largest_step)
         is_short = self._add_running(draft, running)
         self._add_prefilling(draft)
         self._num_lacking = 0
@@ -129,10 +130,7 @@ class Scheduler:
         while not draft.pieces and len(self._active) > 1 and not self._is_unsettled():
             self.preempt(self._active[-1])  # several half-prefilled prompts hold everything: one yields
             self._add_prefilling(draft)
-        self._backlog = self._waiting.num_lacking_tokens + sum(
-            [seq.num_tokens - seq.num_computed for seq in self._active if not seq.is_decoding]
-        )
-        self._queue_time.step(now_s, draft.num_prompt_tokens, self._backlog)
+        self.queue_time.step(now_s, draft.num_prompt_tokens, lacking - draft.num_prompt_tokens)
         if not draft.pieces:
             return None
         self._num_steps += 1
@@ -204,9 +202,8 @@ class Scheduler:
             if end > kv.end(seq.held_slot) * per_block:
                 yield seq.held_slot, end
 
-    def _step_tokens(self, running: list[Sequence], now_s: float) -> int:
+    def _step_tokens(self, running: list[Sequence], begun: list[Sequence], now_s: float) -> int:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
-        begun = [seq for seq in self._active if not seq.is_decoding]
         waiting = None if self._is_held_up else self._waiting
         backlog = backlog_of(begun, waiting, now_s if self._config.policy == "slo" else None)
         turns = self.turns
@@ -220,28 +217,31 @@ class Scheduler:
             self.turns.observe(seconds / predicted_s)
         self.step_times.observe(work, seconds)
 
-    def expected_ttft_s(self, num_tokens: int) -> float:
-        """Seconds until a request of so many tokens would have its first, if it came now. For any thread."""
-        return self._queue_time.seconds(self._backlog + num_tokens)
-
     def _decodable(self) -> list[Sequence]:
         """Running sequences, but those whose tokens in flight are the last, whatever they turn out to be."""
         longest = self._max_model_len
         running = (seq for seq in self._active if seq.state is State.RUNNING)
         return [seq for seq in running if seq.num_tokens < seq.longest(longest)]
 
-    def _take_turns(self, now_s: float) -> None:
-        """Sequences that were parked come back, and others are parked for them or for waiting prompts."""
+    def _take_turns(self, now_s: float) -> list[Sequence]:
+        """Sequences that were parked come back, and others are parked for them or for waiting prompts; those
+        that decode then.
+        """
         turns = self.turns
         self._waiting.pass_time(now_s, self.step_times.per_prompt_token(0) * _NEVER_ALONE)
         for seq in turns.settle():
             self._return(seq)
         running = self._decodable()
-        turns.tick(now_s, running, self._waiting.is_late)
+        has_prompts = len(self._waiting) > 0 or len(running) < len(self._active)
+        turns.tick(now_s, running, has_prompts, self._waiting.is_late)
+        if self._pool.parking is None:
+            return running
         for seq, num_chunks, why in turns.victims(now_s, self._active, running, self._num_lacking):
             self._try_park(seq, num_chunks, why)
         turns.bring_back(now_s, self._num_lacking, self._active)
-        turns.write_through([seq for seq in running if seq.state is State.RUNNING], now_s)
+        running = [seq for seq in running if seq.state is State.RUNNING]
+        turns.write_through(running, now_s)
+        return running
 
     def _try_park(self, seq: Sequence, num_chunks: int, why: str) -> bool:
         """Move a running sequence off the device, if the balloon has room for it."""

@@ -37,6 +37,6 @@ def take_snapshot(
         num_parked=len(turns.parked),
         num_parkings=parkings,
         num_deposited=num_deposited,
-        expected_ttft_s=scheduler.expected_ttft_s(0),
+        expected_ttft_s=scheduler.queue_time.first_token_s(0),
         decisions=tuple(turns.decisions.items()),
     )

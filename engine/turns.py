@@ -82,17 +82,21 @@ class Turns:
         """Of the largest step, for prompt tokens."""
         return self._feedback.share
 
-    def tick(self, now_s: float, running: Sequences[Sequence], first_token_late: bool) -> None:
+    def tick(
+        self, now_s: float, running: Sequences[Sequence], has_prompts: bool, first_token_late: bool
+    ) -> None:
         """A step is being drafted.
 
         Args:
             running: sequences that decode.
+            has_prompts: whether there are any to compute; without, and with nobody parked, nothing is to be
+                decided.
             first_token_late: whether a request waits longer for its first token than it was promised.
         """
         if self._last_s is not None and running:
             self._step_s += _SMOOTHING * (now_s - self._last_s - self._step_s)
         self._last_s = now_s
-        if self._takes_turns:
+        if self._takes_turns and (has_prompts or self._parked):
             promised = [*running, *self._parked]
             late = sum([self.slack_s(seq, now_s) < 0 for seq in promised])
             decision = self._feedback.step(late > _LATE * len(promised), first_token_late)

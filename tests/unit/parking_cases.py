@@ -93,14 +93,23 @@ class Yard:
 
     def guest(self, num_tokens: int, prefix: Sequence[int] = (), longest: int = LONGEST) -> Guest:
         """A new sequence, computed up to so many tokens; it begins as told."""
+        guest = self.try_guest(num_tokens, prefix, longest)
+        assert guest is not None
+        return guest
+
+    def try_guest(self, num_tokens: int, prefix: Sequence[int] = (), longest: int = LONGEST) -> Guest | None:
+        """The same, or None if there is no slot, or no memory for all of it."""
         known = (*prefix, *tokens(f"guest{next(self._names)}", longest - len(prefix)))
         chain = TokenChain("", self.per_block)
         match = self.pool.match(chain, lambda start, end: known[start:end], num_tokens, _NO_DRAFT)
         opened = self.pool.open_slot(match, chain, num_tokens)
-        assert opened is not None
+        if opened is None:
+            return None
         guest = Guest(chain, known, opened)
-        assert self.compute(guest, num_tokens)
-        return guest
+        if self.compute(guest, num_tokens):
+            return guest
+        self.end(guest)
+        return None
 
     def compute(self, guest: Guest, until: int) -> bool:
         """Let a sequence go on to so many tokens; False if memory is short."""

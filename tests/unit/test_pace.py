@@ -155,5 +155,5 @@ def test_a_prompt_that_waits_for_memory_does_not_hurry_the_others() -> None:
     for _ in range(20):
         bench.engine.step()
     assert bench.engine.snapshot.num_waiting == 2
-    assert bench.scheduler._step_tokens(bench.scheduler._decodable(), 0.0) <= 513
+    assert bench.scheduler._step_tokens(bench.scheduler._decodable(), [], 0.0) <= 513
     finish(bench, requests)
