@@ -23,7 +23,7 @@ from engine.sequence import Sequence, State
 
 _REMEMBERED = 64  # finished requests that the forecast of an answer's length is made from
 _ENOUGH = 8  # of them; until then half of what a request may generate is expected
-_CROWDED = 0.75  # of the pool in use: below, nobody will be parked soon
+_CROWDED = 0.75  # of the pool, needed by somebody: with less, nobody will be parked soon
 _FULL = 0.8  # of the balloon
 _AT_STAKE_S = 2.0  # of slack
 _LONGEST_PAUSE_S = 5.0
@@ -160,8 +160,9 @@ class Turns:
         parking = self._pool.parking
         if parking is None or parking.is_copying or not self._takes_turns or not running:
             return
-        owned = self._pool.chunks.total - self._pool.chunks.num_free
-        if owned < _CROWDED * self._pool.chunks.total:
+        pool = self._pool
+        needed = pool.chunks.total - pool.chunks.num_free - pool.num_evictable
+        if needed < _CROWDED * pool.chunks.total:
             return
         left = self._governor.num_bytes
         for seq in sorted(running, key=self._order(now_s), reverse=True):

@@ -181,7 +181,7 @@ class Balloon:
             return
         growth, self._growth = self._growth, None
         error = growth.exception()
-        if isinstance(error, DriverError):
+        if error is not None:  # whatever it was: an engine without a balloon serves, only slower
             self._refused(error)
             return
         first = self.num_physical
@@ -191,7 +191,7 @@ class Balloon:
         self.max_chunks = self._largest
         self._retry_at = -math.inf
 
-    def _refused(self, error: DriverError) -> None:
+    def _refused(self, error: BaseException) -> None:
         """The host has no more memory: do with what there is, and ask again later."""
         self.max_chunks = self.num_physical
         self._retry_at = self._clock() + _RETRY_S
@@ -202,7 +202,8 @@ class Balloon:
                 "Remedy: raise `ulimit -l` or the process's memory limit, or lower memory.balloon_bytes",
                 self.num_physical * self.chunk_bytes / 2**30,
                 self._largest * self.chunk_bytes / 2**30,
-                error,
+                error if isinstance(error, DriverError) else repr(error),
+                exc_info=None if isinstance(error, DriverError) else error,
             )
 
 

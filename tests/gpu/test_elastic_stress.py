@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from engine.config import MemoryConfig, Mode, SchedulerConfig
+from engine.memory.balloon import Balloon
 from engine.memory.kv_cache import KvGeometry
+from engine.memory.slabs import PinnedSlabs
 from tests.fakes import Bench
 from tests.gpu.device_pattern import DevicePatternRunner, DevicePatternSampler
 from tests.unit.engine_cases import converse
@@ -45,3 +47,32 @@ def test_conversations_in_tight_memory(mode: Mode, seed: int, turns: int) -> Non
     converse(bench, seed, turns)
     assert isinstance(bench.runner, DevicePatternRunner)
     assert int(bench.runner.num_wrong) == 0
+
+
+@pytest.mark.parametrize(("seed", "turns"), [(10, 20), (11, 120), (12, 120), (13, 120)])
+def test_sequences_that_take_turns(seed: int, turns: int) -> None:
+    """The same while sequences leave for pinned host memory and come back, beside the steps."""
+    from engine.memory.cuda_copies import CudaCopies
+    from engine.memory.cuda_vmm import CudaVirtualMemory
+
+    dice, device = random.Random(seed), torch.device("cuda", 0)
+    limits = SchedulerConfig(max_num_seqs=dice.choice([6, 12]), max_num_batched_tokens=64, turn_tokens=1)
+    bench = Bench(
+        dice.choice([44, 60]),
+        MemoryConfig(map_ahead_tokens=dice.choice([0, 8, 40])),
+        limits,
+        vm=CudaVirtualMemory(device, CHUNK),
+        geometry=GEOMETRY,
+        steps_ahead=1,
+        runner=DevicePatternRunner,
+        sampler=DevicePatternSampler,
+    )
+    balloon = Balloon(PinnedSlabs(device), CHUNK, 160, 80, is_filled=True)
+    bench.pool.add_balloon(balloon, CudaCopies(device, CHUNK))
+    while balloon.num_physical < 160:
+        balloon.grow_ahead()
+    converse(bench, seed, turns)
+    assert isinstance(bench.runner, DevicePatternRunner)
+    assert int(bench.runner.num_wrong) == 0
+    assert bench.engine.snapshot.num_parkings > 0
+    assert balloon.num_used == 0

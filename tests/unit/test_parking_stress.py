@@ -52,7 +52,7 @@ class Load:
             prompt,
             sampling,
             ttft_slo_s=dice.choice([0.01, 1.0]),
-            tpot_slo_s=dice.choice([0.001, 0.01, 0.1, 10.0]),
+            tpot_slo_s=dice.choice([0.003, 0.01, 0.03, 0.1]),
             priority=dice.choice([0, 0, 1]),
         )
 
@@ -66,15 +66,15 @@ def tight_bench(seed: int) -> Bench:
         max_num_batched_tokens=dice.choice([24, 64]),
         turn_tokens=dice.choice([1, 4, 16]),
         deposit=dice.random() < 0.7,
-        policy=dice.choice(["slo", "slo", "fcfs"]),
+        policy=dice.choice(["slo", "slo", "slo", "fcfs"]),
     )
     bench = Bench(
-        dice.choice([50, 60, 90]),
+        dice.choice([48, 54, 66]),
         memory,
         limits,
         geometry=KvGeometry.choose(4, 2, 8, 4, CHUNK_BYTES, layers_per_group=dice.choice([1, 1, 2])),
         steps_ahead=seed % 2,
-        balloon_chunks=dice.choice([8, 50, 400]),
+        balloon_chunks=dice.choice([24, 60, 400]),
         copies=HeldCopies() if dice.random() < 0.7 else None,
     )
     filled(bench.balloon)
@@ -83,12 +83,12 @@ def tight_bench(seed: int) -> Bench:
 
 def serve_at_random(bench: Bench, load: Load) -> set[str]:
     """A random load with cancellations and trims, to the end; who was cancelled."""
-    dice, waiting, cancelled = load.dice, load.dice.randint(5, 40), set()
+    dice, waiting, cancelled = load.dice, load.dice.randint(15, 40), set()
     parking = bench.pool.parking
     assert parking is not None
     copies = parking.copies if isinstance(parking.copies, HeldCopies) else HeldCopies()
     copies.check = lambda ticket: check_ticket(bench.pool, ticket)
-    arrival, speed = dice.choice([0.1, 0.3, 1.0]), dice.choice([0.05, 0.3, 0.8])
+    arrival, speed = dice.choice([0.2, 0.4, 1.0]), dice.choice([0.05, 0.3, 0.8])
     for _ in range(MAX_STEPS):
         while waiting and dice.random() < arrival:
             bench.engine.submit(load.next())
@@ -108,11 +108,8 @@ def serve_at_random(bench: Bench, load: Load) -> set[str]:
     raise AssertionError("the engine does not come to an end")
 
 
-_counted = {"parkings": 0, "loads": 0}
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_random_loads_in_tight_memory(seed: int) -> None:
+def serve_and_check(seed: int) -> int:
+    """One load on one engine; how often a sequence was parked."""
     bench, load = tight_bench(seed), Load(seed)
     cancelled = serve_at_random(bench, load)
     bench.assert_idle()
@@ -124,15 +121,15 @@ def test_random_loads_in_tight_memory(seed: int) -> None:
             assert delta.token_ids == whole[: len(delta.token_ids)]
         else:
             assert delta.token_ids == whole
-    _counted["parkings"] += num_parkings(bench)
-    _counted["loads"] += 1
+    return num_parkings(bench)
 
 
-def test_the_random_loads_were_hard_enough() -> None:
-    """Or all of them test nothing: run together with them, as a whole file."""
-    if _counted["loads"] < 40:
-        pytest.skip("the loads did not all run before")
-    assert _counted["parkings"] > 400
+@pytest.mark.parametrize("group", range(5))
+def test_random_loads_in_tight_memory(group: int) -> None:
+    parkings = {}
+    for seed in range(8 * group, 8 * group + 8):
+        parkings[seed] = serve_and_check(seed)
+    assert sum(parkings.values()) > 20, "these loads were hard to fit"
 
 
 class Moves:
