@@ -24,7 +24,7 @@ T = GEOMETRY.tokens_per_chunk
 GROUPS = GEOMETRY.num_groups
 LONGEST = 8 * T
 OUT, IN = Direction.OUT, Direction.IN
-STAGES = ("leaving", "parked", "slotless", "coming")
+STAGES = ("leaving", "parked", "coming", "slotless")
 _PIECE = T // 2  # so that the arena needs little beside what is parked
 _NO_DRAFT = -1
 _PLENTY = 1 << 40
@@ -208,7 +208,10 @@ class Yard:
         kv, shared = self.pool.kv, guest.opened.shared_tokens // self.per_block
         there, first = kv.first_row(guest.opened.shared_slot), kv.first_row(guest.held_slot)
         count = self.geometry.rows_for(guest.num_computed)
-        return [(there if at < shared else first) + at for at in range(count)]
+        rows = [(there if at < shared else first) + at for at in range(count)]
+        # To read what is not mapped would end the process.
+        assert all(row in tensor._backed for tensor in kv.tensors for row in rows), "not on the device"
+        return rows
 
     def content(self, guest: Guest) -> torch.Tensor:
         """Every byte of a sequence's rows: (layer groups, rows, bytes)."""
@@ -229,7 +232,7 @@ class Yard:
         return all(row in kv.tensors[group]._backed for row in rows)
 
     def check_ticket(self, ticket: HeldTicket) -> None:
-        """What is copied is somebody's, here and there: it is neither unmapped nor given to others meanwhile."""
+        """What is copied is somebody's, here and there: nobody unmaps it or gives it away meanwhile."""
         check_ticket(self.pool, ticket)
 
     def _write(self, slot: int, guest: Guest, start: int, end: int) -> None:
@@ -248,7 +251,7 @@ class Yard:
 
 def num_parkings(bench: Bench) -> int:
     """How often a sequence of an engine was parked."""
-    return sum(count for why, count in bench.scheduler.turns.decisions.items() if why.startswith("park"))
+    return bench.engine.snapshot.num_parkings
 
 
 def check_ticket(pool: MemoryPool, ticket: HeldTicket) -> None:

@@ -1,4 +1,4 @@
-"""Sequences that leave the device and come back: what moves, what stays, and that nothing is lost or mixed up."""
+"""Sequences that leave the device and come back: what moves, what stays, and that nothing is mixed up."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_rows_that_were_reserved_and_not_written_are_not_kept() -> None:
     guest = yard.guest(2 * T)
     assert yard.pool.reserve([(guest.held_slot, 4 * T)], 1, 1)
     yard.leave(guest, 0)
-    assert yard.parking.num_idle == yard.balloon.num_used == 2 * GROUPS
+    assert yard.parking.num_idle == yard.balloon.num_used == yard.pool.snapshot().kv == 2 * GROUPS
     yard.back(guest)
 
 
@@ -316,6 +316,24 @@ def test_copies_of_sequences_that_run_give_way_when_the_balloon_is_full() -> Non
     yard.back(older)
 
 
+def test_copies_of_which_one_is_just_being_made_do_not_give_way() -> None:
+    """When it ends, it has to find those before it in their place."""
+    yard = Yard(total=200, host=8 * GROUPS)
+    running = saved_and_running(yard, 2)
+    assert yard.compute(running, 3 * T)
+    assert save(yard, running) == 1
+    guest = yard.guest(7 * T)
+    assert not yard.park(guest)
+    assert len(running.backing.rows) == 2
+    yard.settle()
+    yard.leave(guest)
+    assert running.backing.rows == []
+    yard.end(guest)
+    yard.leave(running)
+    yard.soil()
+    yard.back(running)
+
+
 def test_copies_do_not_give_way_in_vain() -> None:
     yard = Yard(total=200, host=7 * GROUPS)
     running = saved_and_running(yard, 3)
@@ -339,7 +357,7 @@ def facts(yard: Yard) -> tuple[object, ...]:
     """What must be the same if nothing has happened."""
     parking = yard.parking
     counts = (parking.num_idle, parking.num_leaving, yard.balloon.num_used, len(yard.copies.submitted))
-    return yard.pool.snapshot(), counts
+    return yard.pool.snapshot(), yard.pool.num_free_slots, counts
 
 
 # While a copy is under way
@@ -455,11 +473,11 @@ def test_rows_that_no_step_reads_are_written_at_once() -> None:
     assert not yard.copies.submitted[-1].after_steps
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("has_reader", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "has_reader"),
+    [(stage, has_reader) for stage in STAGES for has_reader in (False, True)][:-1],
+)
 def test_a_sequence_may_end_at_any_stage(stage: str, has_reader: bool) -> None:
-    if stage == "slotless" and has_reader:
-        pytest.skip("what others read keeps its slot")
     yard = Yard()
     guest, other = yard.guest(3 * T + 4), yard.guest(2 * T + 5)
     reader = yard.guest(2 * T + 9, prefix=guest.known[: 2 * T]) if has_reader else None

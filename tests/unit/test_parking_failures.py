@@ -1,4 +1,4 @@
-"""Copies that fail, host memory that is not there, a driver that refuses: requests lose time and nothing else."""
+"""Copies that fail, host memory that is not there, a driver that refuses: requests lose time, no more."""
 
 from __future__ import annotations
 
@@ -159,13 +159,14 @@ def test_a_sequence_that_the_driver_does_not_map_stays_parked(call: str, num_lea
     guest = yard.guest(3 * T + 4)
     yard.leave(guest, num_leaving * 4)
     yard.pool.trim(drops_cache=True)  # or its rows would still be mapped there
-    free, idle = yard.pool.chunks.num_free, yard.parking.num_idle
+    free, idle, slots = yard.pool.chunks.num_free, yard.parking.num_idle, yard.pool.num_free_slots
     vm.refuse(call, after=2)
     assert not yard.parking.bring_back(guest.backing, 0)
     assert vm.refusals.num_refused[call] == 1
     yard.pool.check()
     yard.pool.chunks.ask_again()
     assert (yard.pool.chunks.num_free, yard.parking.num_idle) == (free, idle)
+    assert yard.pool.num_free_slots == slots
     assert [ticket.direction for ticket in yard.copies.submitted] == [OUT]
     yard.back(guest)
 

@@ -1,4 +1,4 @@
-"""Random loads on engines that park, and random moves of sequences in a pool: every answer right, nothing lost."""
+"""Random loads on engines that park, and random moves of sequences in a pool: all is right, nothing lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.messages import GenerateRequest, SamplingParams
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench, HeldCopies, answer
 from tests.unit.engine_cases import tokens
-from tests.unit.parking_cases import IN, LONGEST, OUT, Guest, T, Yard, check_ticket, filled, num_parkings
+from tests.unit.parking_cases import LONGEST, Guest, T, Yard, check_ticket, filled, num_parkings
 
 MAX_STEPS = 20_000
 LONGEST_PROMPT, LONGEST_ANSWER = 180, 50
