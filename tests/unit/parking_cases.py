@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +84,7 @@ class Yard:
             caches_prefixes=True,
         )
         self.copies = HeldCopies()
-        self.copies.check = self.check_ticket
+        watch(self.pool, self.copies)
         self.balloon = filled(Balloon(maker or PlainSlabs(), CHUNK_BYTES, host, host, lambda: _PLENTY))
         self.pool.add_balloon(self.balloon, self.copies)
         assert self.pool.parking is not None
@@ -231,10 +232,6 @@ class Yard:
         rows = range(kv.first_row(slot) + backing.first, kv.first_row(slot) + backing.end)
         return all(row in kv.tensors[group]._backed for row in rows)
 
-    def check_ticket(self, ticket: HeldTicket) -> None:
-        """What is copied is somebody's, here and there: nobody unmaps it or gives it away meanwhile."""
-        check_ticket(self.pool, ticket)
-
     def _write(self, slot: int, guest: Guest, start: int, end: int) -> None:
         positions = torch.arange(start, end)
         rows = self.pool.kv.first_row(slot) + positions // self.per_block
@@ -254,8 +251,20 @@ def num_parkings(bench: Bench) -> int:
     return bench.engine.snapshot.num_parkings
 
 
+def watch(pool: MemoryPool, copies: HeldCopies) -> None:
+    """Look at each copy when it begins and when it ends, for as long as there is the pool."""
+    seen = weakref.ref(pool)  # whoever drops the pool wants it gone, and its finalizer knows the copies
+
+    def check(ticket: HeldTicket) -> None:
+        still_there = seen()
+        if still_there is not None:
+            check_ticket(still_there, ticket)
+
+    copies.check = check
+
+
 def check_ticket(pool: MemoryPool, ticket: HeldTicket) -> None:
-    """What is copied is in use, on the device and in the balloon."""
+    """What is copied is in use, on the device and in the balloon: it is neither unmapped nor given away."""
     assert pool.parking is not None
     balloon = pool.parking.balloon
     here, there = ticket.sources, ticket.targets

@@ -551,7 +551,8 @@ def test_a_dropped_pool_ends_its_copies_before_its_memory_goes(stage: str) -> No
     guests = [yard.guest(3 * T + 4), yard.guest(2 * T)]
     yard.reach(guests[0], stage)
     assert yard.park(guests[1])
-    copies, mapped = yard.copies, []
+    copies = yard.copies
+    mapped: list[bool] = []
 
     def look(ticket: HeldTicket) -> None:
         mapped.extend(is_mapped(address) for address in (*ticket.sources, *ticket.targets))

@@ -17,7 +17,7 @@ from engine.messages import GenerateRequest, SamplingParams
 from engine.sequence import Sequence, State
 from tests.fakes import Bench, HeldCopies, answer
 from tests.unit.engine_cases import ask, expect, finish, tokens
-from tests.unit.parking_cases import IN, OUT, STAGES, check_ticket, filled, num_parkings
+from tests.unit.parking_cases import IN, OUT, STAGES, filled, num_parkings, watch
 
 pytestmark = pytest.mark.usefixtures("steps_ahead")
 
@@ -32,7 +32,7 @@ def crowded(total: int = 46, balloon_chunks: int = 400) -> tuple[Bench, HeldCopi
     memory = MemoryConfig(map_ahead_tokens=0)  # the mapping thread's pace would be another at each run
     bench = Bench(total, memory, limits, balloon_chunks=balloon_chunks, copies=copies)
     filled(bench.balloon)
-    copies.check = lambda ticket: check_ticket(bench.pool, ticket)
+    watch(bench.pool, copies)
     return bench, copies
 
 
@@ -178,7 +178,6 @@ def test_an_engine_can_be_shut_down_at_any_stage(stage: str) -> None:
         said = bench.deltas[request.request_id].token_ids
         assert said == answer(request.prompt_token_ids, 90)[: len(said)]
     bench.pool.check()
-    copies.check = lambda ticket: None  # which refers to the pool
     del bench
     gc.collect()
     assert copies.is_closed

@@ -17,7 +17,7 @@ from engine.messages import GenerateRequest
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench, HeldCopies, HeldTicket
 from tests.unit.engine_cases import ask, finish, serve
-from tests.unit.parking_cases import GROUPS, IN, OUT, T, Yard, check_ticket, filled, num_parkings
+from tests.unit.parking_cases import GROUPS, IN, OUT, T, Yard, filled, num_parkings, watch
 
 REQUESTS = [replace(ask(f"r{at}", 20 + 7 * at, 90), tpot_slo_s=0.01) for at in range(4)]
 MAX_STEPS = 3000
@@ -194,7 +194,7 @@ def test_rows_that_the_driver_does_not_unmap_are_nobodys_until_it_does() -> None
 def crowded(copies: HeldCopies, balloon: Balloon | None = None, total: int = 46) -> Bench:
     memory = MemoryConfig(map_ahead_tokens=0)
     bench = Bench(total, memory, LIMITS, balloon_chunks=400, copies=copies, balloon=balloon)
-    copies.check = lambda ticket: check_ticket(bench.pool, ticket)
+    watch(bench.pool, copies)
     return bench
 
 
@@ -281,7 +281,7 @@ def test_a_driver_that_refuses_now_and_then_loses_no_chunk(seed: int) -> None:
     dice, copies, vm = random.Random(seed), HeldCopies(), FailingVirtualMemory(CHUNK_BYTES, 46)
     bench = Bench(46, MemoryConfig(), LIMITS, balloon_chunks=400, copies=copies, vm=vm)
     filled(bench.balloon)
-    copies.check = lambda ticket: check_ticket(bench.pool, ticket)
+    watch(bench.pool, copies)
     for request in REQUESTS:
         bench.engine.submit(request)
     for _ in range(MAX_STEPS):

@@ -14,7 +14,7 @@ from engine.messages import GenerateRequest, SamplingParams
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench, HeldCopies, answer
 from tests.unit.engine_cases import tokens
-from tests.unit.parking_cases import LONGEST, Guest, T, Yard, check_ticket, filled, num_parkings
+from tests.unit.parking_cases import LONGEST, Guest, T, Yard, filled, num_parkings, watch
 
 MAX_STEPS = 20_000
 LONGEST_PROMPT, LONGEST_ANSWER = 180, 50
@@ -87,7 +87,7 @@ def serve_at_random(bench: Bench, load: Load) -> set[str]:
     parking = bench.pool.parking
     assert parking is not None
     copies = parking.copies if isinstance(parking.copies, HeldCopies) else HeldCopies()
-    copies.check = lambda ticket: check_ticket(bench.pool, ticket)
+    watch(bench.pool, copies)
     arrival, speed = dice.choice([0.2, 0.4, 1.0]), dice.choice([0.05, 0.3, 0.8])
     for _ in range(MAX_STEPS):
         while waiting and dice.random() < arrival:
@@ -165,7 +165,7 @@ class Moves:
             self.settle()
             self.yard.pool.check()
             for ticket in self.yard.copies.under_way:
-                self.yard.check_ticket(ticket)
+                self.yard.copies.check(ticket)
             for guest in self.running:
                 self.yard.verify(guest)
         self.wind_up()
