@@ -88,6 +88,8 @@ class Deposit:
         account = self._accounts.pop(request_id, None)
         if account is None:
             return None
+        self._next = [one for one in self._next if one[1] != request_id]
+        heapq.heapify(self._next)
         rest = account.deltas.popleft()
         for delta in account.deltas:
             rest = rest.then(delta)

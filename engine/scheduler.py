@@ -206,9 +206,8 @@ class Scheduler:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
         waiting = None if self._is_held_up else self._waiting
         backlog = backlog_of(begun, waiting, now_s if self._config.policy == "slo" else None)
-        turns = self.turns
-        bearable_s = turns.bearable_s(running, now_s) if backlog.due else 0.0
-        return len(running) + self._pace.prompt_tokens(running, backlog, bearable_s, turns.prompt_share)
+        bearable_s = self.turns.bearable_s(running, now_s) if backlog.due else 0.0
+        return len(running) + self._pace.prompt_tokens(running, backlog, bearable_s, self.turns.prompt_share)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step of that size has taken so long."""
@@ -255,7 +254,7 @@ class Scheduler:
         if seq.backing.is_lost:
             self._restart(seq)
             return
-        seq.slot = self.turns.take_back(seq)
+        seq.slot, seq.num_outputs_before = self.turns.take_back(seq), seq.num_outputs
         seq.move(State.RUNNING)
         insort(self._active, seq, key=_age)
 
@@ -277,8 +276,9 @@ class Scheduler:
     def _make_way(self, draft: Draft, running: list[Sequence]) -> None:
         """Take memory from a sequence that is not in the draft: those in it arrived earlier."""
         drafted = {id(seq) for seq, _, _ in draft.pieces}
-        victim = self.turns.furthest_ahead([seq for seq in running if id(seq) not in drafted], self._clock())
-        if not self._try_park(victim, draft.num_missing(running), "park_for_growth"):
+        free = [seq for seq in running if id(seq) not in drafted and seq.may_be_parked]
+        victim = self.turns.furthest_ahead(free, self._clock())
+        if not victim or not self._try_park(victim, draft.num_missing(running), "park_for_growth"):
             self.preempt(self._active[-1])
 
     def _add_prefilling(self, draft: Draft) -> None:

@@ -57,6 +57,7 @@ class Sequence:
         ttft_slo_s, tpot_slo_s: what its client is promised.
         first_token_s: the engine's clock when its first token was read.
         backing: what of its KV is in the balloon.
+        num_outputs_before: output tokens that it had when it last came back from there.
     """
 
     request: GenerateRequest
@@ -83,6 +84,7 @@ class Sequence:
     tpot_slo_s: float = math.inf
     first_token_s: float | None = None
     backing: Backing = field(default_factory=Backing)
+    num_outputs_before: int = -1
 
     @property
     def request_id(self) -> str:
@@ -134,6 +136,11 @@ class Sequence:
         if self.first_token_s is None:
             return self.arrival_s + self.ttft_slo_s
         return self.first_token_s + (len(self.output_token_ids) - 1) * self.tpot_slo_s
+
+    @property
+    def may_be_parked(self) -> bool:
+        """Whether it has gained a token since it last came back; or it could come and go for ever."""
+        return self.num_outputs > self.num_outputs_before
 
     def longest(self, max_model_len: int) -> int:
         """Tokens it can have in the end."""

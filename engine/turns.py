@@ -203,7 +203,7 @@ class Turns:
             return []
         if lacking <= 0 and (self._returning is not None or parking.num_leaving or not self._parked):
             return []
-        ahead = sorted(running, key=self._order(now_s), reverse=True)
+        ahead = sorted([seq for seq in running if seq.may_be_parked], key=self._order(now_s), reverse=True)
         if lacking > 0:
             return self._for_prompts(now_s, ahead, lacking - parking.num_leaving)
         return [] if self._is_full else self._for_next(now_s, ahead, active)
@@ -231,9 +231,9 @@ class Turns:
                 return True
         return False
 
-    def furthest_ahead(self, running: Sequences[Sequence], now_s: float) -> Sequence:
+    def furthest_ahead(self, running: Sequences[Sequence], now_s: float) -> Sequence | None:
         """The one of these that others may take the place of first."""
-        return max(running, key=self._order(now_s))
+        return max(running, key=self._order(now_s), default=None)
 
     def bearable_s(self, running: Sequences[Sequence], now_s: float) -> float:
         """How long a step may be: endlessly, unless somebody's mean time per token is at stake by then."""

@@ -237,6 +237,10 @@ class HeldCopies:
         """Those that have not ended, in their order."""
         return [ticket for ticket in self.submitted if not ticket.is_done]
 
+    def keep(self, *owners: object) -> None:
+        """They live as long as these copies do."""
+        self.owners = owners
+
     def bytes_moved(self, direction: Direction) -> int:
         return (
             sum(len(one.targets) for one in self.submitted if one.direction is direction) * self.chunk_bytes

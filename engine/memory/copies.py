@@ -70,8 +70,11 @@ class Copies(Protocol):
             after_steps: begin when every step that has been launched has finished on the device.
         """
 
+    def keep(self, *owners: object) -> None:
+        """These own the memory that is copied, and stay while anything that was submitted is under way."""
+
     def close(self) -> None:
-        """Finish what was submitted, and end."""
+        """Finish what was submitted, and end. Whoever is collected with copies under way need not."""
 
 
 def merge(targets: Sequence[int], sources: Sequence[int], chunk_bytes: int) -> Iterator[Piece]:
@@ -99,6 +102,7 @@ class ThreadCopies:
     def __init__(self, chunk_bytes: int, move: Callable[[int, int, int], object] = ctypes.memmove) -> None:
         self.chunk_bytes = chunk_bytes
         self._bytes = dict.fromkeys(Direction, 0)
+        self._owners: tuple[object, ...] = ()
         self._queues: dict[Direction, SimpleQueue[_ThreadTicket | None]] = {}
         self._threads: list[threading.Thread] = []
         for direction in Direction:
@@ -114,10 +118,13 @@ class ThreadCopies:
     def submit(
         self, direction: Direction, targets: Sequence[int], sources: Sequence[int], after_steps: bool
     ) -> Ticket:
-        ticket = _ThreadTicket(list(merge(targets, sources, self.chunk_bytes)))
+        ticket = _ThreadTicket(list(merge(targets, sources, self.chunk_bytes)), self._owners)
         self._bytes[direction] += len(targets) * self.chunk_bytes
         self._queues[direction].put(ticket)
         return ticket
+
+    def keep(self, *owners: object) -> None:
+        self._owners = owners
 
     def close(self) -> None:
         self._end()
@@ -126,8 +133,9 @@ class ThreadCopies:
 
 
 class _ThreadTicket:
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], owners: tuple[object, ...]) -> None:
         self._pieces = pieces
+        self._owners = owners
         self._has_ended = threading.Event()
         self._reason: str | None = None
 
@@ -147,6 +155,7 @@ class _ThreadTicket:
                 move(*piece)
         except Exception as error:  # a thread that ended here would leave every later ticket waiting
             self._reason = str(error) or type(error).__name__
+        self._owners = ()
         self._has_ended.set()
 
 

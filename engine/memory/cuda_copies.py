@@ -5,6 +5,7 @@ Only streams, events and tickets are here; the driver is called by `cuda_vmm.iss
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -52,9 +53,19 @@ class CudaCopies:
         self._bytes[direction] += len(targets) * self.chunk_bytes
         return _CudaTicket(stream.record_event(), error)
 
+    def keep(self, *owners: object) -> None:
+        # Called by whichever thread the collector runs in: it waits for the device, and for no thread.
+        weakref.finalize(self, _drain, list(self._streams.values()), owners).atexit = False
+
     def close(self) -> None:
         for stream in self._streams.values():
             stream.synchronize()
+
+
+def _drain(streams: list[torch.cuda.Stream], owners: tuple[object, ...]) -> None:
+    """Wait for what is under way; `owners` live until then."""
+    for stream in streams:
+        stream.synchronize()
 
 
 class _CudaTicket:

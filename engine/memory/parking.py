@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ class Parking:
         self._saved: dict[Backing, None] = {}  # in the order in which they were first saved
         self.num_leaving = 0
         self.num_idle = 0
-        weakref.finalize(self, _end, copies, balloon).atexit = False
+        copies.keep(balloon, chunks.vm)
 
     @property
     def is_moving(self) -> bool:
@@ -385,9 +384,3 @@ class Parking:
 
     def _put_back(self, rows: Sequence[tuple[int, ...]]) -> None:
         self.balloon.put_back([chunk for row in rows for chunk in row])
-
-
-def _end(copies: Copies, balloon: Balloon) -> None:
-    """Nobody refers to the pool any more: host memory goes back, once nothing is copied to or from it."""
-    copies.close()
-    balloon.close()

@@ -186,3 +186,11 @@ def test_while_sequences_take_turns_tokens_are_held_back_but_for_the_first() -> 
 @pytest.mark.usefixtures("steps_ahead")
 def test_without_a_deposit_nothing_is_ever_held() -> None:
     assert max(crowded_run(deposit=False)) == 0
+
+
+def test_an_id_that_is_used_again_inherits_no_due_time() -> None:
+    deposit = Deposit()
+    deposit.pass_on([(TokenDelta("a", (1,)), 5.0)], 0.0, holds_back=True)
+    deposit.pass_on([(TokenDelta("a", (2,), finish_reason="length"), 6.0)], 1.0, holds_back=True)
+    deposit.pass_on([(TokenDelta("a", (3,)), 100.0)], 2.0, holds_back=True)
+    assert deposit.pass_on([], 6.0, holds_back=True) == []

@@ -5,7 +5,6 @@ The pattern model reads every key and value back before each step.
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -178,10 +177,6 @@ def test_an_engine_can_be_shut_down_at_any_stage(stage: str) -> None:
         said = bench.deltas[request.request_id].token_ids
         assert said == answer(request.prompt_token_ids, 90)[: len(said)]
     bench.pool.check()
-    del bench
-    gc.collect()
-    assert copies.is_closed
-    assert copies.under_way == []
 
 
 def test_a_shared_beginning_survives_those_who_wrote_it() -> None:
