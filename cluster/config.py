@@ -75,6 +75,7 @@ class EngineKwargs(Section):
     max_num_queued_reqs: PositiveInt = _SCHEDULER.max_num_queued_reqs
     policy: Policy = _SCHEDULER.policy
     turn_tokens: PositiveInt = _SCHEDULER.turn_tokens
+    min_retained_chunks: NonNegativeInt = _SCHEDULER.min_retained_chunks
     deposit: bool = _SCHEDULER.deposit
     on_overload: OnOverload = _SCHEDULER.on_overload
     feedback_window: PositiveInt = _SCHEDULER.feedback_window

@@ -122,6 +122,8 @@ class SchedulerConfig:
             baseline to measure against.
         turn_tokens: how far a sequence should get, ahead of its client, before another one that is
             further behind takes its turn on the GPU.
+        min_retained_chunks: a parked sequence keeps layer groups on the GPU only if so many of its chunks
+            can stay; otherwise it leaves wholly, and its slot with all that is mapped there serves another.
         deposit: while sequences take turns, tokens that come sooner than `tpot_ms` asks for are held
             back and handed out at that pace, so that no client sees a turn of others as a pause. Without,
             clients get tokens as soon as they exist.
@@ -142,6 +144,7 @@ class SchedulerConfig:
     max_num_queued_reqs: int = 1024
     policy: Policy = "slo"
     turn_tokens: int = 64
+    min_retained_chunks: int = 1024
     deposit: bool = True
     on_overload: OnOverload = "queue"
     feedback_window: int = 5
@@ -172,6 +175,8 @@ class SchedulerConfig:
             raise ConfigError(f"feedback_dwell_steps must be at least 0, not {self.feedback_dwell_steps}")
         if self.turn_tokens < 1:
             raise ConfigError(f"turn_tokens must be at least 1, not {self.turn_tokens}")
+        if self.min_retained_chunks < 0:
+            raise ConfigError(f"min_retained_chunks must be at least 0, not {self.min_retained_chunks}")
         if self.max_overtaken < 0:
             raise ConfigError(f"max_overtaken must be at least 0, not {self.max_overtaken}")
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < self.max_num_batched_tokens:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 _MIB = 1 << 20
-_MOST, _LEAST = 64 * _MIB, 2 * _MIB  # 64 MiB are 1.3 ms of the link (H100): so long an urgent copy may wait
+_MOST, _LEAST = (
+    64 * _MIB,
+    2 * _MIB,
+)  # 64 MiB are 1.3 ms of the link (H100): so long an urgent copy may wait ..
+_STEP_S = 0.0125  # .. beside a step of this length, and in proportion beside longer ones: a tenth of the link
 _BEARABLE = 1.03  # of a step's time
 _SMOOTHING = 0.05
 
@@ -18,10 +22,9 @@ class Governor:
         self._alone = self._beside = 1.0
         self._bytes = float(_MOST)
 
-    @property
-    def num_bytes(self) -> int:
-        """That may be under way at once."""
-        return int(self._bytes)
+    def num_bytes(self, step_s: float) -> int:
+        """That may be under way at once, beside steps that take so many seconds."""
+        return int(self._bytes * max(1.0, step_s / _STEP_S))
 
     def step(self, slowness: float, was_copying: bool) -> None:
         """A step took `slowness` times what was predicted of it, beside copies or alone."""

@@ -20,6 +20,7 @@ from engine.config import SchedulerConfig
 from engine.draft import Draft
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
+from engine.memory.prefix import NO_DRAFT
 from engine.messages import FinishReason, StepPlan, TokenDelta, TokenLogprobs
 from engine.pace import Pace, backlog_of
 from engine.queue_time import QueueTime
@@ -28,7 +29,6 @@ from engine.step_times import StepTimes, StepWork
 from engine.turns import Turns
 from engine.waiting import WaitingLine
 
-_NO_DRAFT = -1
 _NEVER_ALONE = 1.5  # a prompt takes so much longer than its tokens: decodes are computed beside it
 
 
@@ -125,7 +125,7 @@ class Scheduler:
         if not is_short:
             self._admit(draft)
         self._is_held_up = len(self._waiting) > 0 and (is_short or draft.tokens_left > 0)
-        if not draft.pieces and not self._is_unsettled() and self.turns.bring_back_any(self._clock()):
+        if not draft.pieces and not self._is_unsettled() and self.turns.bring_back_any(now_s):
             return None
         while not draft.pieces and len(self._active) > 1 and not self._is_unsettled():
             self.preempt(self._active[-1])  # several half-prefilled prompts hold everything: one yields
@@ -165,7 +165,7 @@ class Scheduler:
         """
         if self._by_id.get(seq.request_id) is not seq:  # its id may belong to another request by now
             return None
-        seq.num_in_flight -= 1
+        seq.read_one()
         return self._append(seq, token, logprobs)
 
     def finish(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> TokenDelta:
@@ -357,7 +357,7 @@ class Scheduler:
         else:
             self._release(seq, is_sound=reason != "error")
         if reason in ("stop", "length"):
-            self.turns.finished(seq)
+            self.turns.finished(seq, stopped=reason == "stop")
         seq.move(State.FINISHED)
         del self._by_id[seq.request_id]
 
@@ -374,7 +374,7 @@ class Scheduler:
         slot, prefixes, num_kept = seq.held_slot, self._pool.prefixes, seq.num_known_computed
         for reader in prefixes.orphans(slot, num_kept):
             self._restart(next(one for one in self._active if one.slot == reader))
-        if not prefixes.is_readable(slot, _NO_DRAFT):
+        if not prefixes.is_readable(slot, NO_DRAFT):
             num_kept = 0  # an orphan: what it was to read will not be computed
         elif not is_sound:
             num_kept = min(num_kept, prefixes.distrust(slot))

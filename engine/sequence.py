@@ -50,6 +50,7 @@ class Sequence:
         num_cached_tokens: tokens of the prompt that were there when it started.
         num_found: tokens that were there when it got the slot it has.
         num_computed: tokens whose KV is there once every launched step has finished.
+        num_written: tokens whose KV is there by now, as far as a token that was read tells.
         num_in_flight: tokens that launched steps choose and the host has not read yet.
         is_new_to_slot: the slot holds nothing of this sequence for the sampler to go on from.
         num_preemptions: how often its KV was dropped to make room.
@@ -76,6 +77,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_found: int = 0
     num_computed: int = 0
+    num_written: int = 0
     num_in_flight: int = 0
     is_new_to_slot: bool = True
     num_preemptions: int = 0
@@ -159,6 +161,7 @@ class Sequence:
         self.shared_slot, self.shared_tokens = opened.shared_slot, opened.shared_tokens
         self.copy = opened.copy
         self.num_computed = self.num_found = opened.num_tokens
+        self.num_written = 0  # what was found may be in a step in flight
         if not self.num_preemptions:
             self.num_cached_tokens = min(opened.num_tokens, len(self.request.prompt_token_ids))
 
@@ -166,8 +169,13 @@ class Sequence:
         """Move out of the slot, with nothing computed."""
         self.slot = self.copy = None
         self.backing = Backing()
-        self.shared_slot = self.shared_tokens = self.num_computed = 0
+        self.shared_slot = self.shared_tokens = self.num_computed = self.num_written = 0
         self.is_new_to_slot = True
+
+    def read_one(self) -> None:
+        """A token in flight was read: its step has ended, and those still in flight compute a token each."""
+        self.num_in_flight -= 1
+        self.num_written = self.num_computed - self.num_in_flight
 
     def next_tokens(self, count: int) -> tuple[int, ...]:
         """The first `count` tokens whose KV is not in the slot; PENDING_TOKEN for those in flight."""

@@ -10,10 +10,11 @@ LayerKV's bound (section 3.1, Eq. 1), with what finished requests have generated
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 
+from engine.answer_lengths import AnswerLengths
 from engine.config import SchedulerConfig
 from engine.feedback import Feedback
 from engine.governor import Governor
@@ -21,8 +22,6 @@ from engine.memory.parking import Parking
 from engine.memory.pool import MemoryPool
 from engine.sequence import Sequence, State
 
-_REMEMBERED = 64  # finished requests that the forecast of an answer's length is made from
-_ENOUGH = 8  # of them; until then half of what a request may generate is expected
 _CROWDED = 0.75  # of the pool, needed by somebody: with less, nobody will be parked soon
 _FULL = 0.8  # of the balloon
 _AT_STAKE_S = 2.0  # of slack
@@ -35,20 +34,21 @@ class Turns:
     """Parks sequences and brings them back. Owns those that are parked.
 
     Args:
-        config: `policy` and `turn_tokens`.
+        config: `policy`, `turn_tokens`, `min_retained_chunks` and those of `Feedback`.
         pool: the one door to memory.
     """
 
     def __init__(self, config: SchedulerConfig, pool: MemoryPool) -> None:
         self._takes_turns = config.policy == "slo"
         self._turn_tokens = config.turn_tokens
+        self._min_retained = config.min_retained_chunks
         self._pool = pool
         self._parked: list[Sequence] = []
         self._returning: Sequence | None = None
-        self._lengths: deque[int] = deque(maxlen=_REMEMBERED)
-        self._mean_length = 0.0
+        self._lengths = AnswerLengths()
         self._step_s = 0.0
         self._last_s: float | None = None
+        self._last_step_s = 0.0
         self._feedback = Feedback(config)
         self._governor = Governor()
         self.decisions: Counter[str] = Counter()
@@ -94,7 +94,8 @@ class Turns:
             first_token_late: whether a request waits longer for its first token than it was promised.
         """
         if self._last_s is not None and running:
-            self._step_s += _SMOOTHING * (now_s - self._last_s - self._step_s)
+            self._last_step_s = now_s - self._last_s
+            self._step_s += _SMOOTHING * (self._last_step_s - self._step_s)
         self._last_s = now_s
         if self._takes_turns and (has_prompts or self._parked):
             promised = [*running, *self._parked]
@@ -131,9 +132,14 @@ class Turns:
         return False
 
     def park(self, seq: Sequence, num_chunks: int, why: str) -> bool:
-        """Begin to move a running sequence off the device, so that about so many chunks become free."""
+        """Begin to move a running sequence off the device, so that so many chunks or more become free."""
         parking = self._pool.parking
-        if parking is None or not parking.park(seq.backing, seq.held_slot, seq.num_computed, num_chunks):
+        if parking is None:
+            return False
+        num_own = self._pool.kv.num_own_chunks(seq.held_slot)
+        if num_own - num_chunks < self._min_retained:
+            num_chunks = num_own
+        if not parking.park(seq.backing, seq.held_slot, seq.num_computed, num_chunks):
             return False
         seq.move(State.PARKED)
         seq.slot = None
@@ -164,9 +170,9 @@ class Turns:
         needed = pool.chunks.total - pool.chunks.num_free - pool.num_evictable
         if needed < _CROWDED * pool.chunks.total:
             return
-        left = self._governor.num_bytes
+        left = self._governor.num_bytes(self._last_step_s)
         for seq in sorted(running, key=self._order(now_s), reverse=True):
-            left -= parking.save(seq.backing, seq.held_slot, seq.num_computed, left)
+            left -= parking.save(seq.backing, seq.held_slot, seq.num_written, left)
             if left < parking.balloon.chunk_bytes:
                 break
 
@@ -176,10 +182,13 @@ class Turns:
         if parking is not None:
             self._governor.step(slowness, parking.is_copying)
 
-    def finished(self, seq: Sequence) -> None:
-        """A request was answered in full: the forecast learns from its length."""
-        self._lengths.append(len(seq.output_token_ids))
-        self._mean_length = sum(self._lengths) / len(self._lengths)
+    def finished(self, seq: Sequence, stopped: bool) -> None:
+        """A request was answered in full: the forecast learns from its length.
+
+        Args:
+            stopped: by itself, and not because it was to be no longer.
+        """
+        self._lengths.ended(seq.num_outputs, stopped)
 
     def runway_s(self, seq: Sequence, now_s: float) -> float:
         """Seconds until the client of a sequence waits for the next token, at the pace it was promised."""
@@ -218,18 +227,21 @@ class Turns:
         seq = self._next(now_s)
         if seq is None or (lacking > 0 and self._takes_turns and self.slack_s(seq, now_s) > 0):
             return
-        if self._parking.bring_back(seq.backing, self._reserve(active)):
-            self._returning = seq
-            self.decisions["return"] += 1
+        self._come_back(seq, self._reserve(active))
 
     def bring_back_any(self, now_s: float) -> bool:
         """Nothing else can go on: let any parked sequence come back that there is room for."""
-        for seq in sorted(self._parked, key=lambda seq: self.runway_s(seq, now_s)):
-            if self._returning is None and self._parking.bring_back(seq.backing, 0, is_alone=True):
-                self._returning = seq
-                self.decisions["return"] += 1
-                return True
-        return False
+        if self._returning is not None:
+            return False
+        order = sorted(self._parked, key=lambda seq: self.runway_s(seq, now_s))
+        return any(self._come_back(seq, 0, is_alone=True) for seq in order)
+
+    def _come_back(self, seq: Sequence, num_reserved: int, is_alone: bool = False) -> bool:
+        if not self._parking.bring_back(seq.backing, num_reserved, is_alone):
+            return False
+        self._returning = seq
+        self.decisions["return"] += 1
+        return True
 
     def furthest_ahead(self, running: Sequences[Sequence], now_s: float) -> Sequence | None:
         """The one of these that others may take the place of first."""
@@ -287,17 +299,20 @@ class Turns:
         """Host chunks that parked sequences have."""
         return sum([seq.backing.num_rows for seq in self._parked]) * self._pool.kv.geometry.num_groups
 
-    def _order(self, now_s: float) -> Callable[[Sequence], tuple[bool, float]]:
-        """The key by which sequences should be on the device, the smallest first: those whose client's mean
-        time per token is at stake, then those whose client waits soonest. With the balloon nearly full those
-        that will end soonest, since what they hold lets others in.
+    def _order(self, now_s: float) -> Callable[[Sequence], tuple[int, float]]:
+        """The key by which sequences should be on the device, the smallest first: those whose client waits
+        soonest. With the balloon nearly full those whose client has waited for long, the longest first, then
+        those whose client's mean time per token is at stake, then those that will end soonest, since what
+        they hold lets others in.
         """
         if not self._is_full:
-            return lambda seq: (False, self.runway_s(seq, now_s))
+            return lambda seq: (0, self.runway_s(seq, now_s))
 
-        def key(seq: Sequence) -> tuple[bool, float]:
-            pauses = self.runway_s(seq, now_s) < -_LONGEST_PAUSE_S
-            return not (pauses or self.slack_s(seq, now_s) < _AT_STAKE_S), self._num_left(seq)
+        def key(seq: Sequence) -> tuple[int, float]:
+            runway_s = self.runway_s(seq, now_s)
+            if runway_s < -_LONGEST_PAUSE_S:
+                return 0, runway_s
+            return 2 - (self.slack_s(seq, now_s) < _AT_STAKE_S), self._num_left(seq)
 
         return key
 
@@ -311,7 +326,4 @@ class Turns:
 
     def _num_left(self, seq: Sequence) -> float:
         """Tokens that a sequence is expected to generate yet."""
-        most = seq.sampling.max_tokens - seq.num_outputs
-        if len(self._lengths) < _ENOUGH:
-            return most / 2
-        return min(most, max(0.0, self._mean_length - seq.num_outputs))
+        return self._lengths.num_left(seq.num_outputs, seq.sampling.max_tokens - seq.num_outputs)

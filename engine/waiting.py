@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import insort
 
 from engine.memory.pool import MemoryPool
+from engine.memory.prefix import NO_DRAFT
 from engine.sequence import Sequence
 
-_NO_DRAFT = -1
 _LATE_TURN = 4
 _LOOK_AHEAD = 32
 _PRIORITY_S = 10.0  # of waiting that one step of priority is worth
@@ -67,7 +67,7 @@ class WaitingLine:
     def add(self, seq: Sequence) -> None:
         """Let a sequence wait, at the place that its deadline gives it."""
         insort(self._line, seq, key=self._urgency)
-        match = self._pool.match(seq.chain, seq.tokens, seq.num_known, _NO_DRAFT)
+        match = self._pool.match(seq.chain, seq.tokens, seq.num_known, NO_DRAFT)
         seq.num_lacking = seq.num_tokens
         if match is not None:
             seq.wants = match.slot

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels.activation import silu_and_mul
 from kernels.decode_attention import decode_attention
 from kernels.decode_plan import decode_plan, decode_workspace_floats
+from kernels.host_copy import copy_words
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.prefill_attention import prefill_attention
 from kernels.rotary_kv_write import rotary_and_kv_write
@@ -15,6 +16,7 @@ from kernels.skinny_matmul import skinny_matmul
 __all__ = [
     "add_rms_norm",
     "adjust_logits",
+    "copy_words",
     "decode_attention",
     "decode_plan",
     "decode_workspace_floats",

@@ -17,7 +17,10 @@ class Backing:
         slot: of a parked sequence, if it keeps one.
         first, end: rows of a parked sequence that may leave the device.
         absent: layer groups that have left.
-        num_to_leave: layer groups that will leave once `leaving` has ended.
+        read_until: the newest step that may read it, when it was parked.
+        num_to_leave: layer groups that will leave once the balloon has all of it.
+        is_parked: from then on until it has come back.
+        is_leaving: the balloon has not all of it yet.
         coming: the copy that brings it back.
         has_failed: the copy to the balloon was refused, and it is still where it was.
         is_lost: the copy back was refused, and what its slot holds is not its KV.
@@ -29,6 +32,7 @@ class Backing:
     first: int = 0
     end: int = 0
     absent: set[int] = field(default_factory=set)
+    read_until: int = 0
     num_to_leave: int = 0
     is_parked: bool = False
     is_leaving: bool = False

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MANY = (
+    256  # chunks that are worth sorting for: neighbours are copied as one, and a stream holds 1,024 copies
+)
 _RETRY_S = 30.0  # after a refusal: asking costs the host a search for memory
 
 
@@ -111,6 +114,8 @@ class Balloon:
             if count > len(self._free):
                 return None
         self._num_asked = 0
+        if count >= _MANY:
+            self._free.sort(reverse=True)
         split = len(self._free) - count
         taken = self._free[split:][::-1]
         del self._free[split:]

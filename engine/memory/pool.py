@@ -3,7 +3,8 @@
 A step reserves all it needs, KV growth and activations, in one all-or-nothing transaction before it
 starts (eLLM section 4; without that, two half-served steps can block each other for good). Shortage is
 a value. Sources, in this order: free chunks, the arena's idle tail, blocks that no sequence reads, the
-least useful first; what is still missing, the scheduler has to take from a sequence.
+least useful first, layer groups of parked sequences; what is still missing, the scheduler has to take from a
+sequence.
 """
 
 from __future__ import annotations

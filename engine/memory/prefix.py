@@ -23,6 +23,7 @@ from itertools import takewhile
 from engine.errors import ConservationError
 from engine.memory.blocks import Block, Match, Slot, TokenChain, Tokens
 
+NO_DRAFT = -1  # nothing is there but what has been launched
 _MAX_CANDIDATES = 64  # slots that end alike and are compared token by token, some 6 us each
 
 
@@ -239,11 +240,11 @@ class PrefixCache:
         also = [at for at, block in enumerate(slot.blocks) if block.users > 1 or block.holders != own]
         return max(slot.num_read(self._per_block), also[-1] + 1 if also else 0)
 
-    def park(self, number: int) -> None:
-        """The sequence of a live slot leaves the device. What only it reads is taken out of the slot, and
-        found by nobody; `computed` and `known` put it back in.
+    def park(self, number: int, keep: int) -> None:
+        """The sequence of a live slot leaves the device. All but `num_kept` blocks are taken out of the slot,
+        and found by nobody; `computed` and `known` put them back in.
         """
-        slot, keep = self._slots[number], self.num_kept(number)
+        slot = self._slots[number]
         for block in slot.blocks[keep:]:
             self._unuse(block)
         self._cut(number, keep)

@@ -1,6 +1,6 @@
 """What a step computes, as index tensors on the device: one packed transfer a step.
 
-The host writes the plan into pinned memory, one copy takes it to the device, in the order of the
+The host writes the plan into pinned memory, a kernel takes it to the device, in the order of the
 stream, and the tensors of a `Batch` are views of what arrived. The same counts give the same
 addresses, so a CUDA graph captured over the views of a size reads every later step of that size.
 """
@@ -19,6 +19,7 @@ import torch
 from engine.messages import Piece, StepPlan
 from engine.model.decoder import Batch
 from engine.model.graphs import MAX_PIECES, GraphShape
+from kernels.backend import Kernels
 
 Columns = dict[str, npt.NDArray[np.int64]]
 
@@ -68,10 +69,14 @@ class StepInputs:
         device: where the batch goes. On a CPU nothing is copied.
         slots: knows the KV row of a slot.
         max_tokens, max_sequences: the largest step.
+        kernels: the implementation for that device.
     """
 
-    def __init__(self, device: torch.device, slots: Slots, max_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, device: torch.device, slots: Slots, max_tokens: int, max_sequences: int, kernels: Kernels
+    ) -> None:
         self._slots = slots
+        self._kernels = kernels
         # The most of each column in any step: a graph has places for MAX_PIECES pieces beside its decodes,
         # and a step without decodes as many pieces as there may be sequences.
         rows = max_sequences + MAX_PIECES
@@ -108,7 +113,8 @@ class StepInputs:
         self._write(_arrays(stage, counts), plan, counts)
         if self._device_bytes is not None:
             nbytes = _layout(counts)[1]
-            self._device_bytes[:nbytes].copy_(stage[:nbytes], non_blocking=True)
+            words = stage[:nbytes].view(torch.int32), self._device_bytes[:nbytes].view(torch.int32)
+            self._kernels.copy_words(*words)
             self._copied[self._turn].record()
 
     def _tensors(self, counts: Counts) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from engine.messages import StepPlan
 from engine.model.decoder import Batch, Decoder
 from engine.model.graphs import GraphShape, GraphShapes, Record
 from engine.model.inputs import StepInputs
+from kernels.backend import for_device
 
 
 class Buffers(Protocol):
@@ -63,7 +64,7 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self._device = device
         self._last_tokens = last_tokens
-        self._inputs = StepInputs(device, kv_cache, max_tokens, max_sequences)
+        self._inputs = StepInputs(device, kv_cache, max_tokens, max_sequences, for_device(device))
         self._gathered = torch.zeros(max_sequences, dtype=torch.int64, device=device)
         self._replays: dict[GraphShape, Callable[[], object]] = {}
         self._shapes = GraphShapes(())

@@ -108,7 +108,7 @@ class Sampler:
         self._kernels = kernels
         self._seats = SeatTable(num_seats, vocab_size, eos_token_ids)
         self._state = SeatState(num_seats, vocab_size, device)
-        self._transfer = Transfer(num_seats, device)
+        self._transfer = Transfer(num_seats, device, kernels)
         self._workspace = kernels.sampling_workspace(num_seats, vocab_size, device)
         # Logits after biases and penalties: made when the first request asks, for as many rows as ask.
         self._adjusted = torch.empty((0, vocab_size), dtype=torch.float32, device=device)

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.backend import Kernels
+
 _NUM_SETS = 4  # steps in flight are two
 _FIRST_WORDS = 32 * 1024  # of an upload: 256 records are 4,096; histories of penalties need more
 
@@ -71,14 +73,16 @@ class Transfer:
 
     Args:
         num_rows: rows of results at most.
+        kernels: the implementation for that device.
 
     Attributes:
         results: (num_rows, 2) int32 on the device, for the step that is being launched. Kernels and
             copies of all steps follow one another on one stream, so that one buffer serves them.
     """
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, device: torch.device, kernels: Kernels) -> None:
         self._is_cuda = device.type == "cuda"
+        self._kernels = kernels
         self._device = device
         self._sets = [_HostSet(num_rows, self._is_cuda) for _ in range(_NUM_SETS)]
         self._current = 0
@@ -98,15 +102,16 @@ class Transfer:
             self._words = torch.empty(
                 1 << (len(words) - 1).bit_length(), dtype=torch.int32, device=self._device
             )
-        return self._words[: len(words)].copy_(words, non_blocking=True)
+        return self._kernels.copy_words(words, self._words[: len(words)])
 
     def download(self, num_rows: int, details: torch.Tensor | None) -> Download:
         """End a step: the first rows of `results`, and float64 details, set out for the host."""
         buffers = self._sets[self._current]
-        host = buffers.results[:num_rows].copy_(self.results[:num_rows], non_blocking=True)
+        host = self._kernels.copy_words(self.results[:num_rows], buffers.results[:num_rows])
         if details is not None and self._is_cuda:
             pinned = torch.empty(details.shape, dtype=details.dtype, pin_memory=True)
-            details = pinned.copy_(details, non_blocking=True)
+            self._kernels.copy_words(details.view(torch.int32), pinned.view(torch.int32))
+            details = pinned
         if buffers.event is not None:
             buffers.event.record()
         buffers.download = Download(host, details, buffers.event)

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.bench.summary import Record
 from cluster.bench.workload import Workload
@@ -24,6 +24,9 @@ from engine.config import EngineConfig
 from engine.messages import EngineSnapshot, GenerateRequest, SamplingParams, TokenDelta
 from tests.bench.engine_options import EngineOptions
 from tests.bench.step_watch import Gain, StepWatch
+
+if TYPE_CHECKING:
+    from engine.core import Engine  # brings torch in
 
 _IDLE_STEPS = 10_000  # an engine that did nothing that often has lost a request
 _LOOK_S = 0.01  # between two looks at a balloon that grows
@@ -55,21 +58,18 @@ class Stepper(Protocol):
         """Steps launched before one has been read; of our engine."""
 
 
-class BallonetStepper:
-    """This repository's engine.
+class EngineStepper:
+    """Our engine, wherever its parts come from. Implements `Stepper` once `engine` is there.
 
     Args:
         clock: the one that the driver uses.
     """
 
-    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.perf_counter) -> None:
-        from engine.build import build_engine
+    engine: Engine
 
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._gains: list[Gain] = []
-        self.engine = build_engine(config, self._publish)
-        gc.collect()
-        gc.freeze()  # as the engine's actor does, and as vLLM does by itself
 
     def submit(self, request_id: str, prompt: list[int], output_tokens: int) -> None:
         sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
@@ -94,7 +94,8 @@ class BallonetStepper:
     def steps_ahead(self) -> int:
         return self.engine.steps_ahead
 
-    def _publish(self, deltas: Sequence[TokenDelta]) -> None:
+    def publish(self, deltas: Sequence[TokenDelta]) -> None:
+        """What the engine is to publish to."""
         now = self._clock()
         for delta in deltas:
             error = delta.error or "cancelled" if delta.finish_reason in ("error", "cancelled") else None
@@ -102,6 +103,22 @@ class BallonetStepper:
             self._gains.append(
                 Gain(delta.request_id, delta.token_ids, finished, error, now, delta.num_cached_tokens)
             )
+
+
+class BallonetStepper(EngineStepper):
+    """This repository's engine as it is served.
+
+    Args:
+        clock: the one that the driver uses.
+    """
+
+    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+        from engine.build import build_engine
+
+        super().__init__(clock)
+        self.engine = build_engine(config, self.publish)
+        gc.collect()
+        gc.freeze()  # as the engine's actor does, and as vLLM does by itself
 
 
 class VllmStepper:

@@ -56,7 +56,12 @@ def test_sequences_that_take_turns(seed: int, turns: int) -> None:
     from engine.memory.cuda_vmm import CudaVirtualMemory
 
     dice, device = random.Random(seed), torch.device("cuda", 0)
-    limits = SchedulerConfig(max_num_seqs=dice.choice([6, 12]), max_num_batched_tokens=64, turn_tokens=1)
+    limits = SchedulerConfig(
+        max_num_seqs=dice.choice([6, 12]),
+        max_num_batched_tokens=64,
+        turn_tokens=1,
+        min_retained_chunks=dice.choice([0, 1024]),
+    )
     bench = Bench(
         dice.choice([44, 60]),
         MemoryConfig(map_ahead_tokens=dice.choice([0, 8, 40])),

@@ -17,14 +17,15 @@ from engine.memory.arena import BufferSpec
 from engine.memory.balloon import Balloon
 from engine.memory.kv_cache import KvGeometry
 from engine.memory.pool import MemoryPool
-from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, SamplingParams, StepPlan, TokenDelta
+from engine.messages import EngineInfo, GenerateRequest, SamplingParams, StepPlan
 from engine.model.sampler import Sampled, SampleRow
 from engine.scheduler import Scheduler
 from engine.simulated import NullSlabs, NullVirtualMemory, SimulatedCopies, VirtualClock
-from tests.bench.step_watch import Gain
+from tests.bench.in_process import EngineStepper
 
 GIB = 1 << 30
 _CHUNK_BYTES = 2 << 20
+_STEPS_AHEAD = 1  # as on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def specs_8b() -> tuple[BufferSpec, ...]:
     )
 
 
-class SimulatedEngine:
+class SimulatedEngine(EngineStepper):
     """Implements `tests.bench.in_process.Stepper`.
 
     Args:
@@ -113,8 +114,6 @@ class SimulatedEngine:
         scheduler, slo, memory: of the engine.
         priority_of: a request's priority, by its id.
     """
-
-    steps_ahead = 1
 
     def __init__(
         self,
@@ -131,6 +130,7 @@ class SimulatedEngine:
         memory = memory or MemoryConfig(enable_prefix_caching=False)
         config = EngineConfig(ModelSource("simulated", "nowhere"), memory, scheduler, slo=slo or SloConfig())
         self.clock = VirtualClock()
+        super().__init__(self.clock)
         self.device = _Device(device, self.clock)
         geometry = KvGeometry.choose(32, 8, 128, 2, _CHUNK_BYTES, None, 128)
         total = int(pool_gib * GIB) // _CHUNK_BYTES
@@ -161,39 +161,16 @@ class SimulatedEngine:
             self.scheduler,
             self.device,
             self.device,
-            self._publish,
+            self.publish,
             self.clock,
-            self.steps_ahead,
+            _STEPS_AHEAD,
         )
-        self._gains: list[Gain] = []
         self._priority_of = priority_of
 
     def submit(self, request_id: str, prompt: list[int], output_tokens: int) -> None:
         sampling = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
         priority = self._priority_of(request_id)
         self.engine.submit(GenerateRequest(request_id, tuple(prompt), sampling, priority=priority))
-
-    def step(self) -> bool:
-        return self.engine.step()
-
-    def gains(self) -> list[Gain]:
-        gains, self._gains = self._gains, []
-        return gains
-
-    @property
-    def num_running(self) -> int:
-        return self.engine.snapshot.num_running
-
-    @property
-    def snapshot(self) -> EngineSnapshot:
-        return self.engine.snapshot
-
-    def _publish(self, deltas: Sequence[TokenDelta]) -> None:
-        now = self.clock()
-        for delta in deltas:
-            error = delta.error or "cancelled" if delta.finish_reason in ("error", "cancelled") else None
-            finished = delta.finish_reason is not None
-            self._gains.append(Gain(delta.request_id, delta.token_ids, finished, error, now))
 
 
 def _balloon(gib: float) -> Balloon:

@@ -81,6 +81,7 @@ def test_every_engine_field_arrives() -> None:
         "max_num_queued_reqs": 5,
         "policy": "fcfs",
         "turn_tokens": 16,
+        "min_retained_chunks": 8,
         "deposit": False,
         "on_overload": "shed",
         "feedback_window": 7,
@@ -115,7 +116,7 @@ def test_every_engine_field_arrives() -> None:
     assert (scheduler.prefill_piece_tokens, scheduler.max_num_queued_reqs) == (32, 5)
     assert scheduler.prefill_spread_steps == 2
     assert (scheduler.max_prefill_tokens, scheduler.largest_step, scheduler.max_overtaken) == (128, 128, 0)
-    assert (scheduler.policy, scheduler.turn_tokens) == ("fcfs", 16)
+    assert (scheduler.policy, scheduler.turn_tokens, scheduler.min_retained_chunks) == ("fcfs", 16, 8)
     assert (scheduler.deposit, scheduler.on_overload) == (False, "shed")
     assert (scheduler.feedback_window, scheduler.feedback_breaches) == (7, 4)
     assert (scheduler.feedback_factor, scheduler.feedback_dwell_steps) == (1.5, 10)

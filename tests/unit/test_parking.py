@@ -635,3 +635,14 @@ def test_nobody_gives_way_for_what_is_saved_ahead() -> None:
     yard.settle()
     assert len(saved.backing.rows) == 3
     assert save(yard, guest) == 0
+
+
+def test_groups_of_parked_sequences_can_be_had_while_a_step_runs() -> None:
+    """It does not read them: waiting for it would cost the engine the step it is ahead."""
+    yard = Yard()
+    guest, other = yard.guest(2 * T), yard.guest(T)
+    yard.leave(guest, 0)
+    assert yard.launch(other, T + 1)
+    free = yard.pool.chunks.num_free
+    yard.parking.evict(2)
+    assert (yard.pool.chunks.num_free, yard.pool.chunks.num_retiring) == (free + 2, 0)

@@ -64,7 +64,7 @@ def run(path: Path, pool_bytes: int, balloon_bytes: int) -> tuple[Engine, Mappin
         balloon_bytes=balloon_bytes,
         balloon_slab_bytes=max(1, balloon_bytes),
     )
-    limits = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=64, turn_tokens=2)
+    limits = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=64, turn_tokens=2, min_retained_chunks=0)
     config = EngineConfig(
         ModelSource("demo", str(path), dtype="float32"),
         memory,

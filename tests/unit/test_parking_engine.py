@@ -27,7 +27,7 @@ REQUESTS = [replace(ask(f"r{at}", 20 + 7 * at, 90), tpot_slo_s=0.01) for at in r
 def crowded(total: int = 46, balloon_chunks: int = 400) -> tuple[Bench, HeldCopies]:
     """An engine with too little memory for its requests, and a link that is slow at will."""
     copies = HeldCopies()
-    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, turn_tokens=4)
+    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, turn_tokens=4, min_retained_chunks=0)
     memory = MemoryConfig(map_ahead_tokens=0)  # the mapping thread's pace would be another at each run
     bench = Bench(total, memory, limits, balloon_chunks=balloon_chunks, copies=copies)
     filled(bench.balloon)

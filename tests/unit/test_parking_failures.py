@@ -21,7 +21,7 @@ from tests.unit.parking_cases import GROUPS, IN, OUT, T, Yard, filled, num_parki
 
 REQUESTS = [replace(ask(f"r{at}", 20 + 7 * at, 90), tpot_slo_s=0.01) for at in range(4)]
 MAX_STEPS = 3000
-LIMITS = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, turn_tokens=4)
+LIMITS = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, turn_tokens=4, min_retained_chunks=0)
 
 
 def failing(yard: Yard, fails: Callable[[HeldTicket], bool]) -> None:

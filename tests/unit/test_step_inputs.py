@@ -8,6 +8,7 @@ import torch
 from engine.messages import PENDING_TOKEN, Piece, StepPlan
 from engine.model.graphs import MAX_PIECES, GraphShape, GraphShapes, decode_sizes, graph_shapes
 from engine.model.inputs import StepInputs
+from kernels import reference
 
 
 class Slots:
@@ -16,7 +17,7 @@ class Slots:
 
 
 def make(max_tokens: int = 64, max_sequences: int = 8) -> StepInputs:
-    return StepInputs(torch.device("cpu"), Slots(), max_tokens, max_sequences)
+    return StepInputs(torch.device("cpu"), Slots(), max_tokens, max_sequences, reference)
 
 
 def one(slot: int, start: int, token: int, samples: bool = True) -> Piece:

@@ -39,7 +39,7 @@ def test_pairs_that_share_their_beginning_all_finish(total: int) -> None:
 
 def test_a_link_that_always_fails_ends_nothing() -> None:
     copies = HeldCopies()
-    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, turn_tokens=4)
+    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, turn_tokens=4, min_retained_chunks=0)
     bench = Bench(46, MemoryConfig(map_ahead_tokens=0), limits, balloon_chunks=400, copies=copies)
     filled(bench.balloon)
     copies.fails = lambda ticket: ticket.direction is OUT
