@@ -26,6 +26,7 @@ _CROWDED = 0.75  # of the pool, needed by somebody: with less, nobody will be pa
 _FULL = 0.8  # of the balloon
 _AT_STAKE_S = 2.0  # of slack
 _LONGEST_PAUSE_S = 5.0
+_ROWS_TO_GROW = 2  # of each sequence, or a hundredth of the pool if that is less
 _LATE = 0.05  # of all sequences: more that cannot keep their mean time per token are a breach
 _SMOOTHING = 0.02  # of the time between two steps: a burst of prompts is no pace to reckon with
 
@@ -322,7 +323,8 @@ class Turns:
             return 0
         kv = self._pool.kv
         prompts = [(seq.held_slot, seq.num_tokens) for seq in active if seq.state is State.PREFILLING]
-        return kv.num_missing(prompts) + max(kv.geometry.num_groups, self._pool.chunks.total // 100)
+        growth = min(_ROWS_TO_GROW * kv.geometry.num_groups * len(active), self._pool.chunks.total // 100)
+        return kv.num_missing(prompts) + max(kv.geometry.num_groups, growth)
 
     def _num_left(self, seq: Sequence) -> float:
         """Tokens that a sequence is expected to generate yet."""
