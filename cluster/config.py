@@ -76,6 +76,7 @@ class EngineKwargs(Section):
     policy: Policy = _SCHEDULER.policy
     turn_tokens: PositiveInt = _SCHEDULER.turn_tokens
     min_retained_chunks: NonNegativeInt = _SCHEDULER.min_retained_chunks
+    layer_wise: bool = _SCHEDULER.layer_wise
     deposit: bool = _SCHEDULER.deposit
     on_overload: OnOverload = _SCHEDULER.on_overload
     feedback_window: PositiveInt = _SCHEDULER.feedback_window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from engine.config import SchedulerConfig
 from engine.draft import Draft
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
@@ -18,13 +19,14 @@ class Admission:
     """The one at the head first, within what memory allows.
 
     Args:
-        max_overtaken: how often a request may be overtaken, see `SchedulerConfig`.
+        config: `max_overtaken`, and what decides whether room is left to compute prompts layer-wise.
         pool: the one door to memory.
         max_model_len: tokens at which a sequence ends.
     """
 
-    def __init__(self, max_overtaken: int, pool: MemoryPool, max_model_len: int) -> None:
-        self._max_overtaken = max_overtaken
+    def __init__(self, config: SchedulerConfig, pool: MemoryPool, max_model_len: int) -> None:
+        self._max_overtaken = config.max_overtaken
+        self._largest_staged = config.max_num_batched_tokens if _leaves_room(config) else 0
         self._pool = pool
         self._max_model_len = max_model_len
 
@@ -59,8 +61,16 @@ class Admission:
     def num_lacking(self, seq: Sequence, match: Match | None, active: list[Sequence], draft: Draft) -> int:
         """Chunks that memory is too short by for a waiting sequence to start now; 0 or less if it may."""
         need = self._pool.chunks_to_open(match, min(seq.num_tokens + 1, self._max_model_len))
-        room = draft.room(1) - self._promised(active, draft)
+        room = draft.room(self._step_to_leave(seq, active, draft)) - self._promised(active, draft)
         return need + self._watermark(seq, active) - room if need else 0
+
+    def _step_to_leave(self, seq: Sequence, active: list[Sequence], draft: Draft) -> int:
+        """Tokens of a step that there is to be room for once the sequence has started: the next prompt is
+        computed layer-wise if it can be computed in one.
+        """
+        if not active or self._pool.layer_wise is None:
+            return 1
+        return max(1, min(seq.num_tokens, self._largest_staged - draft.num_tokens))
 
     def _match(self, seq: Sequence, draft: Draft) -> Match | None:
         return self._pool.match(seq.chain, seq.tokens, seq.num_tokens, draft.number)
@@ -113,6 +123,11 @@ class Admission:
                     seq.held_slot, seq.num_computed + planned.get(id(seq), 0)
                 )
         return total
+
+
+def _leaves_room(config: SchedulerConfig) -> bool:
+    """By turns, somebody leaves for the next prompt."""
+    return config.layer_wise and config.policy == "fcfs"
 
 
 def _to_compute(seq: Sequence, match: Match | None) -> int:

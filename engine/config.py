@@ -124,6 +124,8 @@ class SchedulerConfig:
             further behind takes its turn on the GPU.
         min_retained_chunks: a parked sequence keeps layer groups on the GPU only if so many of its chunks
             can stay; otherwise it leaves wholly, and its slot with all that is mapped there serves another.
+        layer_wise: a prompt that nobody can make room for, and that a step can compute in one piece, is
+            computed layer by layer, each leaving for the balloon at once; then it waits there.
         deposit: while sequences take turns, tokens that come sooner than `tpot_ms` asks for are held
             back and handed out at that pace, so that no client sees a turn of others as a pause. Without,
             clients get tokens as soon as they exist.
@@ -145,6 +147,7 @@ class SchedulerConfig:
     policy: Policy = "slo"
     turn_tokens: int = 64
     min_retained_chunks: int = 1024
+    layer_wise: bool = True
     deposit: bool = True
     on_overload: OnOverload = "queue"
     feedback_window: int = 5

@@ -288,7 +288,7 @@ class Engine:
                 continue
             plan, growth = scheduled
             total = self._pool.chunks.total
-            if self._pool.reserve(growth, plan.num_tokens, plan.num_rows):
+            if self._pool.reserve(growth, plan.num_tokens, plan.num_rows, plan.staged_tokens):
                 self._pool.launched(plan.step)
                 return plan
             if self._in_flight:
@@ -309,7 +309,7 @@ class Engine:
         sequences = [self._scheduler.get(piece.request_id) for piece in plan.pieces if piece.samples]
         rows = [_sample_row(seq) for seq in sequences if seq is not None]
         try:
-            logits = self._runner.run(plan)
+            logits = self._runner.run(plan, self._scheduler.staging.offload)
             tokens = self._sampler.launch(logits, rows)
         except torch.OutOfMemoryError as error:
             self._give_up(plan, error)

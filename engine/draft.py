@@ -26,6 +26,12 @@ class Draft:
         self.num_tokens = 0
         self._num_rows = 0
         self._kv_chunks = 0
+        self._staged: Piece | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self.pieces and self._staged is None
 
     @property
     def growth(self) -> list[tuple[int, int]]:
@@ -59,7 +65,10 @@ class Draft:
             for seq, count, samples in ordered
         )
         copies = tuple(seq.copy for seq, _, _ in ordered if seq.copy is not None)
-        return StepPlan(step, pieces, sum(count == 1 for _, count, _ in ordered), copies)
+        num_decodes = sum(count == 1 for _, count, _ in ordered)
+        if self._staged is not None:
+            pieces += (self._staged,)
+        return StepPlan(step, pieces, num_decodes, copies, self._staged is not None)
 
     def room(self, extra_tokens: int = 0) -> int:
         """Chunks left for KV if the step had that many tokens more."""
@@ -84,6 +93,13 @@ class Draft:
         self._num_decodes += seq.is_decoding
         self._pool.prefixes.drafted(seq.held_slot, end, self.number)
         return True
+
+    def stage(self, seq: Sequence, slot: int) -> None:
+        """Add a whole waiting prompt that is computed layer-wise, in a slot that is not its own."""
+        tokens = seq.tokens(0, seq.num_tokens)
+        self._staged = Piece(seq.request_id, slot, seq.seat, 0, tokens, samples=True)
+        self.num_tokens += len(tokens)
+        self._num_rows += 1
 
     def try_add_decodes(self, sequences: list[Sequence]) -> bool:
         """Add the next token of all these running sequences to an empty draft, or of none.

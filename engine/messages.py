@@ -154,12 +154,19 @@ class StepPlan:
         pieces: those of one token first, so that they share one decode kernel.
         num_decodes: how many leading pieces have one token.
         copies: blocks to copy before anything is computed.
+        has_staged: the last piece is a whole prompt whose KV leaves while it is computed.
     """
 
     step: int
     pieces: tuple[Piece, ...]
     num_decodes: int
     copies: tuple[BlockCopy, ...] = ()
+    has_staged: bool = False
+
+    @property
+    def staged_tokens(self) -> int:
+        """Tokens of the prompt whose KV leaves while it is computed; 0 if there is none."""
+        return len(self.pieces[-1].token_ids) if self.has_staged else 0
 
     @property
     def num_tokens(self) -> int:

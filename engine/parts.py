@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from engine.memory.layer_wise import Offload
 from engine.messages import MemorySnapshot, StepPlan
 from engine.model.sampler import Sampled, SampleRow
 
@@ -14,8 +15,12 @@ from engine.model.sampler import Sampled, SampleRow
 class Runner(Protocol):
     """Computes a plan's logits; `engine.model.runner.ModelRunner` is the real one."""
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        """Start a step. Logits (rows that sample, or more, vocabulary)."""
+    def run(self, plan: StepPlan, offload: Offload | None = None) -> torch.Tensor:
+        """Start a step. Logits (rows that sample, or more, vocabulary).
+
+        Args:
+            offload: to be told of each layer, if the plan has a staged prompt.
+        """
 
     def synchronize(self) -> None:
         """Wait until the device has finished everything that `run` started."""

@@ -25,6 +25,7 @@ from engine.messages import FinishReason, StepPlan, TokenDelta, TokenLogprobs
 from engine.pace import Pace, backlog_of
 from engine.queue_time import QueueTime
 from engine.sequence import Sequence, State
+from engine.staging import Staging
 from engine.step_times import StepTimes, StepWork
 from engine.turns import Turns
 from engine.waiting import WaitingLine
@@ -55,7 +56,7 @@ class Scheduler:
         self._pool = pool
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
-        self._admission = Admission(config.max_overtaken, pool, max_model_len)
+        self._admission = Admission(config, pool, max_model_len)
         self.step_times = StepTimes()
         self._pace = Pace(config, self.step_times)
         self._clock = clock
@@ -66,14 +67,13 @@ class Scheduler:
         self._free_seats = list(range(config.max_num_seqs))[::-1]
         self._is_held_up = False
         self._num_lacking = 0  # chunks that the next waiting request lacks
+        self.staging = Staging(config, pool, self.step_times, self.turns, self._waiting)
         self.queue_time = QueueTime()
         self._num_drafts = 0
         self._num_steps = 0
         self.num_preemptions = 0
-        self.prompt_tokens = 0
-        self.generated_tokens = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
+        self.prompt_tokens = self.generated_tokens = 0
+        self.prefix_queries = self.prefix_hits = 0
         self.finished: Counter[FinishReason] = Counter()
 
     @property
@@ -108,10 +108,11 @@ class Scheduler:
         """The next step and the KV growth to reserve for it; None if there is nothing to compute, or
         nothing before the steps in flight have ended.
 
-        Side effects: preempts sequences, opens slots for admitted ones. Backs no memory.
+        Preempts and parks sequences, opens slots for admitted ones. Backs no memory.
         """
         self._num_drafts += 1
         now_s = self._clock()
+        self.staging.begin_draft(now_s)
         running = self._take_turns(now_s)
         begun = (
             [seq for seq in self._active if not seq.is_decoding] if len(running) < len(self._active) else []
@@ -123,15 +124,15 @@ class Scheduler:
         self._add_prefilling(draft)
         self._num_lacking = 0
         if not is_short:
-            self._admit(draft)
+            self._admit(draft, running, now_s)
         self._is_held_up = len(self._waiting) > 0 and (is_short or draft.tokens_left > 0)
-        if not draft.pieces and not self._is_unsettled() and self.turns.bring_back_any(now_s):
+        if draft.is_empty and not self._is_unsettled() and self.turns.bring_back_any(now_s):
             return None
-        while not draft.pieces and len(self._active) > 1 and not self._is_unsettled():
+        while draft.is_empty and len(self._active) > 1 and not self._is_unsettled():
             self.preempt(self._active[-1])  # several half-prefilled prompts hold everything: one yields
             self._add_prefilling(draft)
         self.queue_time.step(now_s, draft.num_prompt_tokens, lacking - draft.num_prompt_tokens)
-        if not draft.pieces:
+        if draft.is_empty:
             return None
         self._num_steps += 1
         return draft.plan(self._num_steps), draft.growth
@@ -144,6 +145,11 @@ class Scheduler:
         sampling, per_block = [], self._pool.kv.geometry.tokens_per_chunk
         for piece in plan.pieces:
             seq = self._by_id[piece.request_id]
+            if self.staging.is_staged(seq):
+                self._free_seats.pop()
+                self.staging.launched(seq)
+                sampling.append(seq)
+                continue
             seq.num_computed += len(piece.token_ids)
             if seq.num_computed // per_block > piece.start // per_block:
                 self._pool.prefixes.computed(piece.slot, seq.num_computed)
@@ -172,20 +178,10 @@ class Scheduler:
         """End a sequence now, whatever its state, and take its memory back."""
         self._remove(seq, reason)
         self.finished[reason] += 1
-        return TokenDelta(
-            seq.request_id,
-            (),
-            finish_reason=reason,
-            error=error,
-            num_preemptions=seq.num_preemptions,
-            num_cached_tokens=seq.num_cached_tokens,
-        )
+        return TokenDelta(seq.request_id, (), (), reason, error, seq.num_preemptions, seq.num_cached_tokens)
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a sequence's KV; it waits again, at the place its arrival gives it.
-
-        What it has computed is kept until somebody needs the memory.
-        """
+        """Take a sequence's KV, which is kept until somebody needs the memory. It waits again."""
         self._restart(seq)
 
     def latest(self, request_ids: Collection[str]) -> Sequence:
@@ -194,13 +190,13 @@ class Scheduler:
 
     def upcoming(self, num_tokens: int) -> Iterator[tuple[int, int]]:
         """(slot, tokens it will hold) of sequences that will outgrow what is backed within so many tokens."""
-        kv, per_block = self._pool.kv, self._pool.kv.geometry.tokens_per_chunk
+        piece, longest = self._config.max_num_batched_tokens, self._max_model_len
         for seq in self._active:
-            end = min(seq.num_computed + num_tokens, seq.longest(self._max_model_len))
+            end = seq.num_computed + num_tokens, seq.longest(longest)
             if seq.state is State.PREFILLING:
-                end = min(seq.num_tokens, seq.num_computed + self._config.max_num_batched_tokens)
-            if end > kv.end(seq.held_slot) * per_block:
-                yield seq.held_slot, end
+                end = seq.num_computed + piece, seq.num_tokens
+            if self._pool.kv.num_missing(((seq.held_slot, min(end)),)):
+                yield seq.held_slot, min(end)
 
     def _step_tokens(self, running: list[Sequence], begun: list[Sequence], now_s: float) -> int:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
@@ -252,8 +248,7 @@ class Scheduler:
     def _return(self, seq: Sequence) -> None:
         """A parked sequence is on the device again, unless its KV was lost; then it is computed again."""
         if seq.backing.is_lost:
-            self._restart(seq)
-            return
+            return self._restart(seq)
         seq.slot, seq.num_outputs_before = self.turns.take_back(seq), seq.num_outputs
         seq.move(State.RUNNING)
         insort(self._active, seq, key=_age)
@@ -294,14 +289,18 @@ class Scheduler:
             count //= 2
         return count > 0
 
-    def _admit(self, draft: Draft) -> None:
+    def _admit(self, draft: Draft, running: list[Sequence], now_s: float) -> None:
         """Start waiting requests while the whole of what they know fits beside the draft."""
         while self._waiting and self._free_seats and self._pool.num_free_slots and draft.tokens_left > 0:
             candidate = self._admission.next(self._waiting, self._active, draft)
             if candidate is None:
                 return
             seq, match = candidate
-            if not self._try_open(seq, match, draft) or not self._add_piece(draft, seq):
+            if not self._try_open(seq, match, draft):
+                if self._num_lacking > 0 and self.turns.nobody_yields:
+                    self.staging.try_add(seq, match, draft, self._free_seats[-1], running, now_s)
+                return
+            if not self._add_piece(draft, seq):
                 return
 
     def _try_open(self, seq: Sequence, match: Match | None, draft: Draft) -> bool:

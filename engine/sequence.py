@@ -25,7 +25,7 @@ class State(Enum):
 
 
 _MOVES = {
-    State.WAITING: {State.PREFILLING, State.FINISHED},
+    State.WAITING: {State.PREFILLING, State.PARKED, State.FINISHED},
     State.PREFILLING: {State.RUNNING, State.WAITING, State.FINISHED},
     State.RUNNING: {State.PARKED, State.WAITING, State.FINISHED},
     State.PARKED: {State.RUNNING, State.WAITING, State.FINISHED},

@@ -7,6 +7,7 @@ than a GPU would serve the same load. Nothing here is used to serve.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 import time
@@ -37,8 +38,9 @@ class VirtualClock:
         self._now = max(self._now, seconds)
 
     def advance(self, seconds: float) -> None:
-        """Let that many seconds pass."""
-        self.advance_to(self._now + seconds)
+        """Let that many seconds pass; some, where rounding loses them, or a sleeper wakes early for ever."""
+        least = math.nextafter(self._now, math.inf) if seconds > 0 else self._now
+        self.advance_to(max(self._now + seconds, least))
 
 
 class SimulatedCopies:
@@ -49,6 +51,7 @@ class SimulatedCopies:
         clock: seconds. One with `advance_to` is advanced by a wait; for another, a wait sleeps.
         bytes_per_s: bandwidth of a direction.
         steps_end: when the steps launched so far end, on the same clock; None: they have ended.
+        hold: told until when no step that is launched later may go on.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class SimulatedCopies:
         clock: Callable[[], float],
         bytes_per_s: float,
         steps_end: Callable[[], float] | None = None,
+        hold: Callable[[float], None] = lambda until: None,
     ) -> None:
+        self._hold = hold
         self.chunk_bytes = chunk_bytes
         self._clock = clock
         self._bytes_per_s = bytes_per_s
@@ -79,6 +84,10 @@ class SimulatedCopies:
         self._bytes[direction] += nbytes
         return _SimulatedTicket(self._idle_at[direction], self._clock)
 
+    def hold_steps(self, ticket: Ticket) -> None:
+        if isinstance(ticket, _SimulatedTicket):
+            self._hold(ticket.end)
+
     def keep(self, *owners: object) -> None:
         """Nothing is copied."""
 
@@ -88,19 +97,19 @@ class SimulatedCopies:
 
 class _SimulatedTicket:
     def __init__(self, end: float, clock: Callable[[], float]) -> None:
-        self._end = end
+        self.end = end
         self._clock = clock
 
     @property
     def is_done(self) -> bool:
-        return self._clock() >= self._end
+        return self._clock() >= self.end
 
     def wait(self) -> None:
         advance_to = getattr(self._clock, "advance_to", None)
         if advance_to is not None:
-            advance_to(self._end)
+            advance_to(self.end)
         while not self.is_done:
-            time.sleep(self._end - self._clock())
+            time.sleep(self.end - self._clock())
 
 
 class NullVirtualMemory(ChunkDriver):

@@ -34,6 +34,10 @@ _SMOOTHING = 0.02  # of the time between two steps: a burst of prompts is no pac
 class Turns:
     """Parks sequences and brings them back. Owns those that are parked.
 
+    Attributes:
+        nobody_yields: a request waits for memory, and by the last look nobody could leave for it.
+        decisions: how often each was made.
+
     Args:
         config: `policy`, `turn_tokens`, `min_retained_chunks` and those of `Feedback`.
         pool: the one door to memory.
@@ -52,6 +56,7 @@ class Turns:
         self._last_step_s = 0.0
         self._feedback = Feedback(config)
         self._governor = Governor()
+        self.nobody_yields = False
         self.decisions: Counter[str] = Counter()
 
     @property
@@ -148,6 +153,11 @@ class Turns:
         self.decisions[why] += 1
         return True
 
+    def computed_away(self, seq: Sequence) -> None:
+        """A prompt was computed layer-wise: its sequence is parked from the start."""
+        self._parked.append(seq)
+        self.decisions["layer_wise"] += 1
+
     def take_back(self, seq: Sequence) -> int:
         """A sequence that `settle` named goes on; the slot it is in."""
         return self._parking.returned(seq.backing, seq.chain, seq.num_computed)
@@ -209,13 +219,16 @@ class Turns:
             lacking: chunks that the next waiting request lacks; 0 if it does not wait for memory.
         """
         parking = self._pool.parking
+        self.nobody_yields = lacking > 0
         if parking is None or not self._takes_turns:
             return []
         if lacking <= 0 and (self._returning is not None or parking.num_leaving or not self._parked):
             return []
         ahead = sorted([seq for seq in running if seq.may_be_parked], key=self._order(now_s), reverse=True)
         if lacking > 0:
-            return self._for_prompts(now_s, ahead, lacking - parking.num_leaving)
+            chosen = self._for_prompts(now_s, ahead, lacking - parking.num_leaving)
+            self.nobody_yields = not chosen and not parking.num_leaving
+            return chosen
         return [] if self._is_full else self._for_next(now_s, ahead, active)
 
     def bring_back(self, now_s: float, lacking: int, active: Sequences[Sequence]) -> None:

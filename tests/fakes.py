@@ -17,9 +17,10 @@ from engine.core import Engine
 from engine.errors import DriverError
 from engine.memory.arena import BufferSpec
 from engine.memory.balloon import Balloon
-from engine.memory.copies import Copies, Direction, ThreadCopies
+from engine.memory.copies import Copies, Direction, ThreadCopies, Ticket
 from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.kv_cache import KvCache, KvGeometry
+from engine.memory.layer_wise import Offload
 from engine.memory.pool import MemoryPool
 from engine.memory.slabs import PlainSlabs
 from engine.memory.vmm import VirtualMemory
@@ -84,17 +85,23 @@ class PatternRunner:
         self.contexts: dict[int, list[int]] = {}
         self.names: dict[int, str] = {}
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    def run(self, plan: StepPlan, offload: Offload | None = None) -> torch.Tensor:
         kv = self._pool.kv
         for copy in plan.copies:
             kv.copy_rows(copy.source_row, copy.target_row)
         for buffer in self._pool.arena.buffers(plan.num_tokens, plan.num_rows).values():
             buffer.fill_(float("nan"))  # a chunk that is KV and activation at once would show
-        for piece in plan.pieces:
-            self._write_piece(kv, piece)
-        # Only now: a piece may read what another one of the same step writes.
-        for piece in plan.pieces:
-            self._verify(kv, piece, self._told[piece.request_id])
+        told = [self._tell(piece) for piece in plan.pieces]
+        for layer, view in enumerate(kv.layer_views):
+            if offload is not None:
+                offload.before(layer)
+            for piece, tokens in zip(plan.pieces, told, strict=True):
+                self._write(kv, layer, view, piece, tokens)
+            # Only now: a piece may read what another one of the same step writes.
+            for piece in plan.pieces:
+                self._verify(kv, layer, view, piece, self._told[piece.request_id])
+            if offload is not None:
+                offload.after(layer)
         self.plans.append(plan)
         sampling = [piece for piece in plan.pieces if piece.samples]
         self.contexts = {piece.seat: list(self._told[piece.request_id]) for piece in sampling}
@@ -104,7 +111,8 @@ class PatternRunner:
     def synchronize(self) -> None:
         pass
 
-    def _write_piece(self, kv: KvCache, piece: Piece) -> None:
+    def _tell(self, piece: Piece) -> list[int]:
+        """The tokens of a piece."""
         told = self._told.setdefault(piece.request_id, [])
         if piece.start > len(told):
             told[:] = self.tokens_of(piece.request_id, piece.start)
@@ -113,29 +121,29 @@ class PatternRunner:
         assert piece.start >= piece.shared_tokens
         tokens = [self.last_tokens[piece.seat] if one == PENDING_TOKEN else one for one in piece.token_ids]
         told.extend(tokens)
-        self._write(kv, piece, tokens)
+        return tokens
 
     @staticmethod
-    def _write(kv: KvCache, piece: Piece, tokens: Sequence[int]) -> None:
-        device, per_row = kv.layer_views[0].device, kv.geometry.tokens_per_chunk
+    def _write(kv: KvCache, layer: int, view: torch.Tensor, piece: Piece, tokens: Sequence[int]) -> None:
+        device, per_row = view.device, kv.geometry.tokens_per_chunk
         positions = torch.arange(piece.start, piece.start + len(tokens), device=device)
         rows, offsets = kv.first_row(piece.slot) + positions // per_row, positions % per_row
         signature = torch.tensor(tokens, dtype=torch.float32, device=device)[:, None, None] * 100
-        for layer, view in enumerate(kv.layer_views):
-            view[rows, 0, offsets] = signature + layer
-            view[rows, 1, offsets] = -(signature + layer)
+        view[rows, 0, offsets] = signature + layer
+        view[rows, 1, offsets] = -(signature + layer)
 
-    def _verify(self, kv: KvCache, piece: Piece, tokens: Sequence[int]) -> None:
+    def _verify(
+        self, kv: KvCache, layer: int, view: torch.Tensor, piece: Piece, tokens: Sequence[int]
+    ) -> None:
         shared = piece.shared_tokens // kv.geometry.tokens_per_chunk
         first, there = kv.first_row(piece.slot), kv.first_row(piece.shared_slot)
         own = slice(first + shared, first + kv.geometry.rows_for(len(tokens)))
-        expected = torch.tensor(tokens, dtype=torch.float32, device=kv.layer_views[0].device) * 100
-        for layer, view in enumerate(kv.layer_views):
-            rows = torch.cat([view[there : there + shared], view[own]]) if shared else view[own]
-            keys = rows[:, 0].reshape(-1, *view.shape[3:])[: len(tokens)]
-            values = rows[:, 1].reshape(-1, *view.shape[3:])[: len(tokens)]
-            want = (expected + layer)[:, None, None].expand_as(keys)
-            self._compare(keys, want, values, -want)
+        expected = torch.tensor(tokens, dtype=torch.float32, device=view.device) * 100
+        rows = torch.cat([view[there : there + shared], view[own]]) if shared else view[own]
+        keys = rows[:, 0].reshape(-1, *view.shape[3:])[: len(tokens)]
+        values = rows[:, 1].reshape(-1, *view.shape[3:])[: len(tokens)]
+        want = (expected + layer)[:, None, None].expand_as(keys)
+        self._compare(keys, want, values, -want)
 
     def _compare(self, *found_and_wanted: torch.Tensor) -> None:
         keys, wanted_keys, values, wanted_values = found_and_wanted
@@ -236,6 +244,11 @@ class HeldCopies:
     def under_way(self) -> list[HeldTicket]:
         """Those that have not ended, in their order."""
         return [ticket for ticket in self.submitted if not ticket.is_done]
+
+    def hold_steps(self, ticket: Ticket) -> None:
+        """Steps here are computed at once: so the copy has to end."""
+        if isinstance(ticket, HeldTicket):
+            self.end(ticket)
 
     def keep(self, *owners: object) -> None:
         """They live as long as these copies do."""

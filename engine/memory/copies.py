@@ -6,6 +6,7 @@ a GPU `cuda_copies.CudaCopies` makes them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import weakref
@@ -70,6 +71,9 @@ class Copies(Protocol):
             after_steps: begin when every step that has been launched has finished on the device.
         """
 
+    def hold_steps(self, ticket: Ticket) -> None:
+        """What is launched from now on begins when that copy has ended, or failed. The host need not wait."""
+
     def keep(self, *owners: object) -> None:
         """These own the memory that is copied, and stay while anything that was submitted is under way."""
 
@@ -122,6 +126,10 @@ class ThreadCopies:
         self._bytes[direction] += len(targets) * self.chunk_bytes
         self._queues[direction].put(ticket)
         return ticket
+
+    def hold_steps(self, ticket: Ticket) -> None:
+        with contextlib.suppress(DriverError):
+            ticket.wait()
 
     def keep(self, *owners: object) -> None:
         self._owners = owners

@@ -53,6 +53,10 @@ class CudaCopies:
         self._bytes[direction] += len(targets) * self.chunk_bytes
         return _CudaTicket(stream.record_event(), error)
 
+    def hold_steps(self, ticket: Ticket) -> None:
+        if isinstance(ticket, _CudaTicket):
+            torch.cuda.current_stream(self._device).wait_event(ticket.event)
+
     def keep(self, *owners: object) -> None:
         # Called by whichever thread the collector runs in: it waits for the device, and for no thread.
         weakref.finalize(self, _drain, list(self._streams.values()), owners).atexit = False
@@ -72,20 +76,20 @@ class _CudaTicket:
     """Done with its event, refused or not: the copies before the refused one are under way until then."""
 
     def __init__(self, event: torch.cuda.Event, error: DriverError | None) -> None:
-        self._event = event
+        self.event = event
         self._error = error
 
     @property
     def is_done(self) -> bool:
         try:
-            return bool(self._event.query())  # type: ignore[no-untyped-call]
+            return bool(self.event.query())  # type: ignore[no-untyped-call]
         except RuntimeError as error:  # the context is dead, and this is how one hears of it
             self._error = DriverError("cudaEventQuery", str(error))
             return True
 
     def wait(self) -> None:
         try:
-            self._event.synchronize()
+            self.event.synchronize()
         except RuntimeError as error:
             self._error = DriverError("cudaEventSynchronize", str(error))
         if self._error is not None:

@@ -24,6 +24,14 @@ class FreeSlots:
         else:
             self._empty.append(slot)
 
+    def take_empty(self) -> int | None:
+        """A slot with nothing mapped in it, while there are others."""
+        if len(self) > 1:
+            for at in reversed(range(len(self._empty))):
+                if self._kv.can_alias(self._empty[at], 0, self._kv.rows_per_slot):
+                    return self._empty.pop(at)
+        return None
+
     def take(self, begin: int, end: int) -> int | None:
         """A slot for a sequence whose own rows are `begin` to `end`; None if there is none."""
         slot = self._covering(begin, end)

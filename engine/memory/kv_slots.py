@@ -108,6 +108,14 @@ class KvSlots:
             self._kv.open(slot, 0)
         return slot
 
+    def set_aside(self) -> int | None:
+        """A slot in which nothing is mapped, for no sequence; None if there is none."""
+        return self._free_slots.take_empty()
+
+    def give_back(self, slot: int) -> None:
+        """A slot that was set aside is free again."""
+        self._free_slots.put(slot)
+
     def evict(self, num_chunks: int) -> None:
         """Give up blocks that no sequence reads, until so many chunks are free or about to be."""
         left = -(-num_chunks // self._kv.geometry.num_groups)

@@ -138,6 +138,17 @@ class Parking:
             self._left(backing)
         return True
 
+    def receive(self, backing: Backing, rows: list[tuple[int, ...]], ticket: Ticket) -> None:
+        """A sequence was computed right into the balloon: it is parked, with nothing on the device.
+
+        Args:
+            rows: host chunks from `take_host`, one of each layer group.
+            ticket: of the copies; if they fail the sequence is lost.
+        """
+        backing.end, backing.absent = len(rows), set(range(self._groups))
+        backing.is_parked = backing.is_leaving = True
+        self._outs.append(_Out(ticket, backing, rows))
+
     def settle(self) -> None:
         """Take in what has ended: rows whose copy is made, memory that can be let go of."""
         self.balloon.grow_ahead()
@@ -260,7 +271,7 @@ class Parking:
         begin = backing.saved_until
         if end <= begin:
             return 0
-        host = self._take_host((end - begin) * self._groups, backing)
+        host = self.take_host((end - begin) * self._groups, backing)
         if host is None:
             return None
         count, first = end - begin, self._kv.first_row(slot)
@@ -276,7 +287,7 @@ class Parking:
         self._outs.append(_Out(ticket, backing, rows))
         return len(rows)
 
-    def _take_host(self, count: int, but_of: Backing) -> list[int] | None:
+    def take_host(self, count: int, but_of: Backing) -> list[int] | None:
         """Host chunks; if there are too few, those of sequences that are on the device as well."""
         host = self.balloon.take(count)
         if host is not None:
@@ -300,6 +311,7 @@ class Parking:
             if backing.is_leaving:
                 self.num_leaving -= backing.num_to_leave * backing.num_rows
                 backing.num_to_leave, backing.is_leaving, backing.has_failed = 0, False, True
+                backing.is_lost = backing.slot is None
             return
         backing.rows += out.rows
         self._saved[backing] = None

@@ -24,6 +24,7 @@ from engine.memory.chunks import ChunkPool
 from engine.memory.copies import Copies, Direction
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.kv_slots import KvSlots
+from engine.memory.layer_wise import LayerWise
 from engine.memory.parking import Parking
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
@@ -91,12 +92,14 @@ class MemoryPool:
         self._slots = KvSlots(self.kv, self.chunks, caches_prefixes, is_static=mode == "static")
         self.prefixes = self._slots.prefixes
         self.parking: Parking | None = None
+        self.layer_wise: LayerWise | None = None
 
     def add_balloon(self, balloon: Balloon, copies: Copies) -> None:
         """From now on sequences can be parked in host memory."""
         self.parking = Parking(
             self.kv, self._slots, self.chunks, balloon, copies, self._room_to_return, self._back_returning
         )
+        self.layer_wise = LayerWise(self.kv, self._slots, self.chunks, self.parking)
 
     @property
     def num_free_slots(self) -> int:
@@ -171,12 +174,15 @@ class MemoryPool:
         """Give a slot back, with KV of `tokens` in it. It is kept until somebody needs the memory."""
         self._slots.close(slot, chain, tokens)
 
-    def reserve(self, growth: Sequence[tuple[int, int]], num_tokens: int, num_rows: int) -> bool:
+    def reserve(
+        self, growth: Sequence[tuple[int, int]], num_tokens: int, num_rows: int, staged_tokens: int = 0
+    ) -> bool:
         """Back everything a step needs, or nothing.
 
         Args:
             growth: (slot, tokens it must hold after the step).
             num_tokens, num_rows: size of the step.
+            staged_tokens: of a prompt in it that is computed layer-wise.
 
         Returns:
             False if memory is short now or the driver refused: no sequence has gained or lost anything.
@@ -185,8 +191,13 @@ class MemoryPool:
         wanted: list[tuple[VirtualTensor, int]] = [(self.arena.tensor, row) for row in arena_rows]
         for slot, tokens in growth:
             wanted += self.kv.missing(slot, tokens)
-        if len(wanted) - len(arena_rows) > self.room_for_kv(num_tokens, num_rows):
+        num_staged = self.layer_wise.num_missing(staged_tokens) if self.layer_wise and staged_tokens else 0
+        if len(wanted) - len(arena_rows) + num_staged > self.room_for_kv(num_tokens, num_rows):
             return False
+        if self.layer_wise and num_staged:
+            self._make_room(num_staged, self.arena.chunks_for(num_tokens, num_rows))
+            if not self.layer_wise.grow(staged_tokens):
+                return False
         if wanted and not self._back(wanted, self.arena.chunks_for(num_tokens, num_rows)):
             return False
         for slot, tokens in growth:
@@ -247,6 +258,8 @@ class MemoryPool:
             self._slots.evict(self._slots.num_evictable)
         if self._mode == "elastic":
             self.arena.shrink(self._floor)
+        if self.layer_wise is not None:
+            self.layer_wise.release()
         self.chunks.settle()
         return self.chunks.trim() * self._vm.chunk_bytes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -75,6 +76,16 @@ class _Views:
     activated: torch.Tensor
 
 
+class LayerHook(Protocol):
+    """Is told what has been launched, in the order of the device's stream."""
+
+    def before(self, layer: int) -> None:
+        """A layer is about to be launched."""
+
+    def after(self, layer: int) -> None:
+        """What writes and reads a layer's keys and values has been launched."""
+
+
 class Decoder:
     """A decoder-only transformer.
 
@@ -100,13 +111,18 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch, kv_layers: Sequence[torch.Tensor], buffers: Mapping[str, torch.Tensor]
+        self,
+        batch: Batch,
+        kv_layers: Sequence[torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
+        hook: LayerHook | None = None,
     ) -> torch.Tensor:
         """Compute a step and write its keys and values.
 
         Args:
             kv_layers: a (rows, 2, T, kv_heads, head_dim) view of the pool for each layer.
             buffers: what `activation_specs` declares, for this many tokens and rows.
+            hook: told of each layer as it is launched.
 
         Returns:
             Logits (rows, vocab) in the model's type, in the order of `sample_indices`. They lie in
@@ -118,8 +134,13 @@ class Decoder:
             kernels.decode_plan(kv_layers[0], batch.decode_context_lens, views.workspace)
         torch.index_select(self._weights.embedding, 0, batch.input_ids, out=views.residual)
         kernels.rms_norm(views.residual, self._first_norm, eps, out=views.hidden)
-        for layer, kv, next_norm in zip(self._weights.layers, kv_layers, self._next_norms, strict=True):
+        stack = zip(self._weights.layers, kv_layers, self._next_norms, strict=True)
+        for number, (layer, kv, next_norm) in enumerate(stack):
+            if hook is not None:
+                hook.before(number)
             self._attend(layer, batch, kv, views)
+            if hook is not None:
+                hook.after(number)
             kernels.add_rms_norm(views.hidden, views.residual, layer.mlp_norm, eps, out=views.hidden)
             layer.gate_up(views.hidden, views.gate_up)
             kernels.silu_and_mul(views.gate_up, out=views.activated)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from engine.messages import StepPlan
-from engine.model.decoder import Batch, Decoder
+from engine.model.decoder import Batch, Decoder, LayerHook
 from engine.model.graphs import GraphShape, GraphShapes, Record
 from engine.model.inputs import StepInputs
 from kernels.backend import for_device
@@ -70,15 +70,15 @@ class ModelRunner:
         self._shapes = GraphShapes(())
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    def run(self, plan: StepPlan, offload: LayerHook | None = None) -> torch.Tensor:
         """Start a step: logits (rows or more, vocab), first those of the pieces that sample, in the plan's
         order. On a GPU it returns before they are computed; they hold until the next call.
         """
         for copy in plan.copies:
             self._kv_cache.copy_rows(copy.source_row, copy.target_row)
-        shape = self._shapes.fitting(plan)
+        shape = self._shapes.fitting(plan) if offload is None else None  # a graph is one piece
         if shape is None or not self._arena.is_backed(shape.tokens, shape.rows):
-            return self._forward(self._inputs.put(plan), plan.num_tokens, plan.num_rows)
+            return self._forward(self._inputs.put(plan), plan.num_tokens, plan.num_rows, offload)
         self._inputs.refill(plan, shape)
         self._replays[shape]()
         return self._arena.buffers(shape.tokens, shape.rows)["logits"]
@@ -100,11 +100,13 @@ class ModelRunner:
             self._replays[shape] = record(partial(self._forward, batch, shape.tokens, shape.rows))
         self._shapes = GraphShapes(self._replays)
 
-    def _forward(self, batch: Batch, num_tokens: int, num_rows: int) -> torch.Tensor:
+    def _forward(
+        self, batch: Batch, num_tokens: int, num_rows: int, hook: LayerHook | None = None
+    ) -> torch.Tensor:
         count = batch.num_decodes
         if count:
             ids, gathered = batch.input_ids[:count], self._gathered[:count]
             torch.index_select(self._last_tokens, 0, batch.pending_seats, out=gathered)
             torch.where(batch.is_pending, gathered, ids, out=ids)
         buffers = self._arena.buffers(num_tokens, num_rows)
-        return self._decoder.forward(batch, self._kv_cache.layer_views, buffers)
+        return self._decoder.forward(batch, self._kv_cache.layer_views, buffers, hook)

@@ -12,13 +12,14 @@
 
 For loads with promises, without prefix cache, upwards from `elastic`:
 
-    balloon   a sequence that cannot grow goes to host memory instead of being computed again
-    slo       sequences take turns on the device, so that first tokens are in time
-    deposit   tokens that are ahead of their clients are held back meanwhile
+    balloon     a sequence that cannot grow goes to host memory instead of being computed again
+    layer-wise  prompts that nobody makes room for are computed into host memory, and wait there
+    slo         sequences take turns on the device, so that first tokens are in time
+    deposit     tokens that are ahead of their clients are held back meanwhile
 
-All but these three are first come, first served, without host memory. The longest sequence
-(`--max-model-len`) is that of the workloads, unless it is given, for every rung alike: static mode holds as
-many sequences of that length as fit. The last line is JSON.
+All but the last two are first come, first served; those above `balloon` have no host memory. The longest
+sequence (`--max-model-len`) is that of the workloads, unless it is given, for every rung alike: static mode
+holds as many sequences of that length as fit. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ RUNGS: Mapping[str, EngineOptions] = {
     "virtual": replace(_MEMORY, mode="virtual"),
     "elastic": _MEMORY,
     "sharing": replace(_MEMORY, prefix_caching=True),
-    "balloon": _PROMISES,
-    "slo": replace(_PROMISES, policy="slo", deposit=False),
-    "deposit": replace(_PROMISES, policy="slo", deposit=True),
+    "balloon": replace(_PROMISES, layer_wise=False),
+    "layer-wise": replace(_PROMISES, layer_wise=True),
+    "slo": replace(_PROMISES, layer_wise=True, policy="slo", deposit=False),
+    "deposit": replace(_PROMISES, layer_wise=True, policy="slo", deposit=True),
 }
 _DEFAULT_RUNGS = ("static", "virtual", "elastic", "sharing")
-_RUNGS_OWN = ("mode", "policy", "deposit")  # options that are what a rung is
+_RUNGS_OWN = ("mode", "policy", "deposit", "layer_wise")  # options that are what a rung is
 _FIGURE = (
     *("duration", "output_throughput", "completed", "failed", "total_input_tokens", "total_cached_tokens"),
     *("mean_ttft_ms", "p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms", "max_gap_ms"),
@@ -124,6 +126,7 @@ def contenders(rungs: Sequence[str], options: EngineOptions, with_vllm: bool) ->
                 prefix_caching=rung.prefix_caching,
                 policy=rung.policy,
                 deposit=rung.deposit,
+                layer_wise=rung.layer_wise,
                 balloon_gib=options.balloon_gib if rung.balloon_gib is None else rung.balloon_gib,
             ),
         )

@@ -17,7 +17,7 @@ from engine.config import MIB, EngineConfig, Mode, Policy, SloConfig
 MODES: tuple[Mode, ...] = get_args(Mode)
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 # Options that vLLM has nothing for.
-OURS = ("mode", "prefill_spread_steps", "balloon_gib", "policy", "deposit", "turn_tokens")
+OURS = ("mode", "prefill_spread_steps", "balloon_gib", "policy", "deposit", "turn_tokens", "layer_wise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class EngineOptions:
         prefill_spread_steps: ours alone.
         balloon_gib: host memory of ours; 0 is none. On a GPU what is given is filled before anything is
             measured, and what is not given grows as it is needed.
-        policy, deposit, turn_tokens: of our scheduler.
+        policy, deposit, turn_tokens, layer_wise: of our scheduler.
         ttft_slo_ms, tpot_slo_ms: the promises that every engine is judged by; ours is told them.
     """
 
@@ -46,6 +46,7 @@ class EngineOptions:
     policy: Policy | None = None
     deposit: bool | None = None
     turn_tokens: int | None = None
+    layer_wise: bool | None = None
     ttft_slo_ms: float = 2000.0
     tpot_slo_ms: float = 150.0
 
@@ -110,6 +111,7 @@ class EngineOptions:
             "policy": self.policy,
             "deposit": self.deposit,
             "turn_tokens": self.turn_tokens,
+            "layer_wise": self.layer_wise,
         }
         return replace(
             config,
@@ -142,6 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--policy", choices=POLICIES, help="of our scheduler")
     group.add_argument("--deposit", action=argparse.BooleanOptionalAction, help="ours alone")
     group.add_argument("--turn-tokens", type=int, help="ours alone")
+    group.add_argument("--layer-wise", action=argparse.BooleanOptionalAction, help="ours alone")
     promises = parser.add_argument_group("promises", "what every engine is judged by, and ours is told")
     promises.add_argument("--ttft-slo-ms", type=float, default=EngineOptions().ttft_slo_ms)
     promises.add_argument("--tpot-slo-ms", type=float, default=EngineOptions().tpot_slo_ms)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.memory.layer_wise import Offload
 from engine.memory.pool import MemoryPool
 from engine.messages import StepPlan
 from engine.model.sampler import Sampled, SampleRow
@@ -29,8 +30,8 @@ class DevicePatternRunner(PatternRunner):
         self.num_wrong = torch.zeros(1, dtype=torch.int64, device=pool.kv.layer_views[0].device)
         self._logits = torch.zeros(1, 1)
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        super().run(plan)
+    def run(self, plan: StepPlan, offload: Offload | None = None) -> torch.Tensor:
+        super().run(plan, offload)
         return self._logits.expand(plan.num_rows, 1)
 
     def synchronize(self) -> None:

@@ -16,6 +16,7 @@ from engine.core import Engine
 from engine.memory.arena import BufferSpec
 from engine.memory.balloon import Balloon
 from engine.memory.kv_cache import KvGeometry
+from engine.memory.layer_wise import Offload
 from engine.memory.pool import MemoryPool
 from engine.messages import EngineInfo, GenerateRequest, SamplingParams, StepPlan
 from engine.model.sampler import Sampled, SampleRow
@@ -25,6 +26,7 @@ from tests.bench.in_process import EngineStepper
 
 GIB = 1 << 30
 _CHUNK_BYTES = 2 << 20
+_NUM_LAYERS = 32
 _STEPS_AHEAD = 1  # as on a GPU
 
 
@@ -71,10 +73,21 @@ class _Device:
         self.idle_at = 0.0
         self.num_steps = 0
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        self.idle_at = max(self.idle_at, self._clock()) + self._device.step_s(plan)
+    def run(self, plan: StepPlan, offload: Offload | None = None) -> torch.Tensor:
+        self.idle_at = max(self.idle_at, self._clock())
+        if offload is None:
+            self.idle_at += self._device.step_s(plan)
+        else:
+            for layer in range(_NUM_LAYERS):
+                offload.before(layer)
+                self.idle_at += self._device.step_s(plan) / _NUM_LAYERS
+                offload.after(layer)
         self.num_steps += 1
         return torch.empty(0)
+
+    def hold(self, until: float) -> None:
+        """Nothing that is launched later goes on before."""
+        self.idle_at = max(self.idle_at, until)
 
     def synchronize(self) -> None:
         self._clock.advance_to(self.idle_at)
@@ -132,7 +145,7 @@ class SimulatedEngine(EngineStepper):
         self.clock = VirtualClock()
         super().__init__(self.clock)
         self.device = _Device(device, self.clock)
-        geometry = KvGeometry.choose(32, 8, 128, 2, _CHUNK_BYTES, None, 128)
+        geometry = KvGeometry.choose(_NUM_LAYERS, 8, 128, 2, _CHUNK_BYTES, None, 128)
         total = int(pool_gib * GIB) // _CHUNK_BYTES
         self.pool = MemoryPool(
             NullVirtualMemory(_CHUNK_BYTES),
@@ -148,7 +161,7 @@ class SimulatedEngine(EngineStepper):
             caches_prefixes=memory.enable_prefix_caching,
         )
         self.copies = SimulatedCopies(
-            _CHUNK_BYTES, self.clock, device.link_bytes_s, lambda: self.device.idle_at
+            _CHUNK_BYTES, self.clock, device.link_bytes_s, lambda: self.device.idle_at, self.device.hold
         )
         if balloon_gib:
             self.pool.add_balloon(_balloon(balloon_gib), self.copies)

@@ -20,19 +20,19 @@ ARGS = Namespace(model="llama-8b", rounds=2, seconds=30.0, vllm_site=None, out=P
 
 def test_each_rung_has_one_thing_more() -> None:
     found = ablation_ladder.contenders(list(ablation_ladder.RUNGS), OPTIONS, with_vllm=False)
-    told = [
-        (c.name, c.options.mode, c.options.prefix_caching, c.options.policy, c.options.deposit) for c in found
-    ]
+    names = ("mode", "prefix_caching", "policy", "layer_wise", "deposit")
+    told = [(c.name, *(getattr(c.options, name) for name in names)) for c in found]
     assert told == [
-        ("static", "static", False, "fcfs", None),
-        ("virtual", "virtual", False, "fcfs", None),
-        ("elastic", "elastic", False, "fcfs", None),
-        ("sharing", "elastic", True, "fcfs", None),
-        ("balloon", "elastic", False, "fcfs", None),
-        ("slo", "elastic", False, "slo", False),
-        ("deposit", "elastic", False, "slo", True),
+        ("static", "static", False, "fcfs", None, None),
+        ("virtual", "virtual", False, "fcfs", None, None),
+        ("elastic", "elastic", False, "fcfs", None, None),
+        ("sharing", "elastic", True, "fcfs", None, None),
+        ("balloon", "elastic", False, "fcfs", False, None),
+        ("layer-wise", "elastic", False, "fcfs", True, None),
+        ("slo", "elastic", False, "slo", True, False),
+        ("deposit", "elastic", False, "slo", True, True),
     ]
-    assert [c.options.balloon_gib for c in found] == [0.0] * 4 + [None] * 3
+    assert [c.options.balloon_gib for c in found] == [0.0] * 4 + [None] * 4
     common = {(c.engine, c.options.max_model_len, c.options.max_prefill_tokens) for c in found}
     assert common == {("ballonet", 768, 65_536)}
 
@@ -40,7 +40,7 @@ def test_each_rung_has_one_thing_more() -> None:
 def test_the_balloon_is_of_the_rungs_that_have_one() -> None:
     options = EngineOptions(balloon_gib=48.0, turn_tokens=32, ttft_slo_ms=500.0)
     found = ablation_ladder.contenders(list(ablation_ladder.RUNGS), options, with_vllm=True)
-    assert [c.options.balloon_gib for c in found] == [0.0] * 4 + [48.0] * 3 + [None]
+    assert [c.options.balloon_gib for c in found] == [0.0] * 4 + [48.0] * 4 + [None]
     assert {c.options.ttft_slo_ms for c in found} == {500.0}
     assert found[-1].options.told() == {"ttft_slo_ms": 500.0, "tpot_slo_ms": 150.0}
 

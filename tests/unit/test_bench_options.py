@@ -14,7 +14,20 @@ from tests.bench.engine_options import EngineOptions
 from tests.bench.models import engine_config
 
 ALL = EngineOptions(
-    "virtual", False, 65_536, 131_072, 32, 20.5, 4, 100.25, "fcfs", False, 16, ttft_slo_ms=900, tpot_slo_ms=40
+    "virtual",
+    False,
+    65_536,
+    131_072,
+    32,
+    20.5,
+    4,
+    100.25,
+    "fcfs",
+    False,
+    16,
+    False,
+    ttft_slo_ms=900,
+    tpot_slo_ms=40,
 )
 
 
@@ -40,7 +53,8 @@ def test_our_engine_gets_them(tmp_path: Path) -> None:
     assert (scheduler.max_num_batched_tokens, scheduler.max_prefill_tokens) == (8192, 65_536)
     assert (scheduler.max_num_seqs, config.max_model_len) == (32, 131_072)
     assert (scheduler.prefill_spread_steps, scheduler.turn_tokens) == (4, 16)
-    assert (memory.balloon_bytes, scheduler.policy, scheduler.deposit) == (102_656 << 20, "fcfs", False)
+    assert (memory.balloon_bytes, scheduler.policy) == (102_656 << 20, "fcfs")
+    assert (scheduler.deposit, scheduler.layer_wise) == (False, False)
     assert config.slo == SloConfig(900, 40)
 
 
@@ -51,7 +65,7 @@ def test_without_any_it_keeps_its_own(tmp_path: Path) -> None:
     assert (config.max_model_len, engine_config("demo", tmp_path).max_model_len) == (None, 512)
     own = EngineConfig(ModelSource("m", "nowhere"))
     assert config.memory.balloon_bytes == own.memory.balloon_bytes
-    for name in ("policy", "deposit", "turn_tokens", "prefill_spread_steps"):
+    for name in ("policy", "deposit", "turn_tokens", "layer_wise", "prefill_spread_steps"):
         assert getattr(config.scheduler, name) == getattr(own.scheduler, name)
 
 

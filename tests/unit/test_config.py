@@ -82,6 +82,7 @@ def test_every_engine_field_arrives() -> None:
         "policy": "fcfs",
         "turn_tokens": 16,
         "min_retained_chunks": 8,
+        "layer_wise": False,
         "deposit": False,
         "on_overload": "shed",
         "feedback_window": 7,
@@ -117,7 +118,7 @@ def test_every_engine_field_arrives() -> None:
     assert scheduler.prefill_spread_steps == 2
     assert (scheduler.max_prefill_tokens, scheduler.largest_step, scheduler.max_overtaken) == (128, 128, 0)
     assert (scheduler.policy, scheduler.turn_tokens, scheduler.min_retained_chunks) == ("fcfs", 16, 8)
-    assert (scheduler.deposit, scheduler.on_overload) == (False, "shed")
+    assert (scheduler.deposit, scheduler.on_overload, scheduler.layer_wise) == (False, "shed", False)
     assert (scheduler.feedback_window, scheduler.feedback_breaches) == (7, 4)
     assert (scheduler.feedback_factor, scheduler.feedback_dwell_steps) == (1.5, 10)
     assert (engine.memory.mode, engine.memory.pool_bytes, engine.memory.chunk_bytes) == (

@@ -55,7 +55,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run(path: Path, pool_bytes: int, balloon_bytes: int) -> tuple[Engine, Mapping[str, tuple[int, ...]]]:
+TURNS = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=64, turn_tokens=2, min_retained_chunks=0)
+LAYER_WISE = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=256, policy="fcfs")
+
+
+def run(
+    path: Path, pool_bytes: int, balloon_bytes: int, limits: SchedulerConfig = TURNS
+) -> tuple[Engine, Mapping[str, tuple[int, ...]]]:
     """An engine that has answered all requests, and what it said."""
     deltas = Collected()
     memory = MemoryConfig(
@@ -63,8 +69,8 @@ def run(path: Path, pool_bytes: int, balloon_bytes: int) -> tuple[Engine, Mappin
         chunk_bytes=CHUNK_BYTES,
         balloon_bytes=balloon_bytes,
         balloon_slab_bytes=max(1, balloon_bytes),
+        enable_prefix_caching=limits is TURNS,  # who finds a beginning waits for room beside it
     )
-    limits = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=64, turn_tokens=2, min_retained_chunks=0)
     config = EngineConfig(
         ModelSource("demo", str(path), dtype="float32"),
         memory,
@@ -102,3 +108,12 @@ def test_tokens_do_not_depend_on_who_was_parked(demo_model_path: Path) -> None:
     assert {len(tokens) for tokens in wanted.values()} == {NUM_TOKENS}
     for name, tokens in wanted.items():
         assert said[name] == tokens, name
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_tokens_do_not_depend_on_whose_prompt_was_computed_layer_wise(demo_model_path: Path) -> None:
+    roomy, wanted = run(demo_model_path, 160 * MIB, 0, LAYER_WISE)
+    del roomy
+    tight, said = run(demo_model_path, 24 * MIB, 128 * MIB, LAYER_WISE)
+    assert tight._scheduler.turns.decisions["layer_wise"] >= 2
+    assert said == wanted

@@ -40,6 +40,15 @@ def places(base: int, *indices: int) -> list[int]:
     return [base + index * CHUNK for index in indices]
 
 
+def test_a_moment_that_rounding_loses_passes() -> None:
+    """A load that began at another time than 0 waited for its first request for ever."""
+    clock = VirtualClock(1e6)
+    clock.advance(1e-15)
+    assert 1e6 < clock() < 1e6 + 1e-6
+    clock.advance(0.0)
+    assert clock() < 1e6 + 1e-6
+
+
 def test_time_passes_when_it_is_told_to_and_never_back(clock: VirtualClock) -> None:
     clock.advance(2.5)
     assert clock() == 102.5
