@@ -28,7 +28,7 @@ def copy_words(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     for name, tensor in (("source", source), ("target", target)):
         require(tensor.dtype == torch.int32, name, "of int32")
         require(tensor.is_contiguous(), name, "contiguous")
-        can_reach = tensor.is_cuda or knobs.runtime.interpret or tensor.is_pinned()
+        can_reach = tensor.is_cuda or knobs.runtime.interpret or not tensor.numel() or tensor.is_pinned()
         require(can_reach, name, "a CUDA tensor or in pinned memory")
     require(target.shape == source.shape, "target", f"of shape {tuple(source.shape)}")
     count = source.numel()

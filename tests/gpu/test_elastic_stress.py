@@ -93,7 +93,7 @@ def test_prompts_that_are_computed_into_host_memory(seed: int, turns: int) -> No
     limits = SchedulerConfig(max_num_seqs=dice.choice([6, 12]), max_num_batched_tokens=256, policy="fcfs")
     bench = Bench(
         dice.choice([44, 60]),
-        MemoryConfig(map_ahead_tokens=dice.choice([0, 8, 40]), enable_prefix_caching=False),
+        MemoryConfig(map_ahead_tokens=dice.choice([0, 8, 40])),
         limits,
         vm=CudaVirtualMemory(device, CHUNK),
         geometry=GEOMETRY,

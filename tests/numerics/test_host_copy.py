@@ -57,16 +57,18 @@ def test_results_pass_copies_of_the_copy_engine(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"),
+    ("name", "dtype", "count", "stride"),
     [
-        ("source", torch.zeros(4, dtype=torch.int64)),
-        ("target", torch.zeros(4)),
-        ("target", torch.zeros(5, dtype=torch.int32)),
-        ("source", torch.zeros(8, dtype=torch.int32)[::2]),
+        ("source", torch.int64, 4, 1),
+        ("target", torch.float32, 4, 1),
+        ("target", torch.int32, 5, 1),
+        ("source", torch.int32, 4, 2),
     ],
 )
-def test_the_wrong_argument_is_named(name: str, wrong: torch.Tensor, device: torch.device) -> None:
+def test_the_wrong_argument_is_named(
+    name: str, dtype: torch.dtype, count: int, stride: int, device: torch.device
+) -> None:
     arguments = {at: torch.zeros(4, dtype=torch.int32, device=device) for at in ("source", "target")}
-    arguments[name] = wrong.to(device)
+    arguments[name] = torch.zeros(count * stride, dtype=dtype, device=device)[::stride]
     with pytest.raises(ValueError, match=rf"^{name} must be "):
         triton_backend.copy_words(**arguments)

@@ -218,7 +218,7 @@ def test_one_sequence_with_broken_logits_fails_alone() -> None:
     bench.assert_idle()
 
 
-def _out_of_memory(plan: object) -> torch.Tensor:
+def _out_of_memory(plan: object, offload: object) -> torch.Tensor:
     raise torch.OutOfMemoryError("no room for temporaries")
 
 
@@ -228,7 +228,7 @@ def test_a_dead_loop_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     bench.engine.step()
     bench.engine.submit(ask("queued", 5, 30))
 
-    def broken(plan: object) -> torch.Tensor:
+    def broken(plan: object, offload: object) -> torch.Tensor:
         raise RuntimeError("device lost")
 
     monkeypatch.setattr(bench.runner, "run", broken)

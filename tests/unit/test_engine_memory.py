@@ -247,9 +247,9 @@ def test_prompts_leave_what_was_mapped_for_decodes_to_them(monkeypatch: pytest.M
     dice = random.Random(5)
     reserve, calls = bench.pool.reserve, {"decodes": [0], "prompts": [0]}
 
-    def counted(growth: list[tuple[int, int]], num_tokens: int, num_rows: int) -> bool:
+    def counted(growth: list[tuple[int, int]], num_tokens: int, num_rows: int, staged_tokens: int) -> bool:
         before = bench.vm.num_calls
-        done = reserve(growth, num_tokens, num_rows)
+        done = reserve(growth, num_tokens, num_rows, staged_tokens)
         if bench.pool.snapshot().cached > 80:
             calls["decodes" if num_tokens == num_rows else "prompts"].append(bench.vm.num_calls - before)
         return done
