@@ -22,6 +22,12 @@ def require_launchable(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be a CUDA tensor; a CPU tensor needs TRITON_INTERPRET=1")
 
 
+def require_reachable(name: str, tensor: torch.Tensor) -> None:
+    """`tensor` is where a kernel can reach it: on a GPU, or in pinned host memory; or Triton interprets."""
+    is_there = tensor.is_cuda or not tensor.numel() or knobs.runtime.interpret or tensor.is_pinned()
+    require(is_there, name, "a CUDA tensor or in pinned memory")
+
+
 def require_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
     """`tensor` has this shape, the dtype and device of `like`, and a contiguous last dimension."""
     if tensor.shape != shape:

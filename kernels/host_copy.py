@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
 
-from kernels.checks import require
+from kernels.checks import require, require_reachable
 
 _BLOCK = 512
 
@@ -28,8 +27,7 @@ def copy_words(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     for name, tensor in (("source", source), ("target", target)):
         require(tensor.dtype == torch.int32, name, "of int32")
         require(tensor.is_contiguous(), name, "contiguous")
-        can_reach = tensor.is_cuda or knobs.runtime.interpret or not tensor.numel() or tensor.is_pinned()
-        require(can_reach, name, "a CUDA tensor or in pinned memory")
+        require_reachable(name, tensor)
     require(target.shape == source.shape, "target", f"of shape {tuple(source.shape)}")
     count = source.numel()
     if count:

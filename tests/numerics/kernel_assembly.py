@@ -65,8 +65,8 @@ def main(config_dir: str, gpu: str = "h100") -> None:
     _, shared_bytes, multiprocessors = GPUS[gpu]
     driver = NoGpu(*GPUS[gpu])
     triton.runtime.driver.set_active(driver)
-    kernels.checks.require_launchable = lambda name, tensor: None
-    # Imported only now: they take the check above by name.
+    kernels.checks.require_launchable = kernels.checks.require_reachable = lambda name, tensor: None
+    # Imported only now: they take the checks above by name.
     from engine.config import EngineConfig, ModelSource
     from engine.memory.kv_cache import KvGeometry
     from engine.model import warm_up

@@ -88,7 +88,10 @@ DEPENDENT = {
     *("_plan_kernel", "_decode_kernel", "_join_kernel", "_rotary_kv_write_kernel"),
     *("_norm_kernel", "_silu_and_mul_kernel", "_one_row_kernel", "_few_rows_kernel"),
 }
-EXPECTED = DEPENDENT | {"_prefill_kernel", "_peak_kernel", "search_kernel", "_draw_kernel", "_adjust_kernel"}
+EXPECTED = DEPENDENT | {
+    *("_prefill_kernel", "_peak_kernel", "search_kernel", "_draw_kernel", "_adjust_kernel"),
+    "_copy_words_kernel",
+}
 
 
 def _assembly(tmp_path: Path, gpu: str) -> dict[str, dict[str, int]]:
