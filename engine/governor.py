@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 _MIB = 1 << 20
-_MOST, _LEAST = (
-    64 * _MIB,
-    2 * _MIB,
-)  # 64 MiB are 1.3 ms of the link (H100): so long an urgent copy may wait ..
-_STEP_S = 0.0125  # .. beside a step of this length, and in proportion beside longer ones: a tenth of the link
+# 64 MiB are 1.3 ms of the link (H100): so long an urgent copy may wait beside a step of `_STEP_S`, and in
+# proportion beside longer ones. That is a tenth of the link.
+_MOST, _LEAST = 64 * _MIB, 2 * _MIB
+_STEP_S = 0.0125
 _BEARABLE = 1.03  # of a step's time
 _SMOOTHING = 0.05
 

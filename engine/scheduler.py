@@ -143,13 +143,8 @@ class Scheduler:
         The next step may be scheduled on top of it before the host has read a single token.
         """
         sampling, per_block = [], self._pool.kv.geometry.tokens_per_chunk
-        for piece in plan.pieces:
+        for piece in plan.pieces[: len(plan.pieces) - plan.has_staged]:
             seq = self._by_id[piece.request_id]
-            if self.staging.is_staged(seq):
-                self._free_seats.pop()
-                self.staging.launched(seq)
-                sampling.append(seq)
-                continue
             seq.num_computed += len(piece.token_ids)
             if seq.num_computed // per_block > piece.start // per_block:
                 self._pool.prefixes.computed(piece.slot, seq.num_computed)
@@ -162,6 +157,9 @@ class Scheduler:
                 if seq.state is State.PREFILLING:
                     seq.move(State.RUNNING)
                 sampling.append(seq)
+        if plan.has_staged:
+            self._free_seats.pop()
+            sampling.append(self.staging.launched())
         return sampling
 
     def commit(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenDelta | None:
@@ -190,13 +188,13 @@ class Scheduler:
 
     def upcoming(self, num_tokens: int) -> Iterator[tuple[int, int]]:
         """(slot, tokens it will hold) of sequences that will outgrow what is backed within so many tokens."""
-        piece, longest = self._config.max_num_batched_tokens, self._max_model_len
+        kv, per_block = self._pool.kv, self._pool.kv.geometry.tokens_per_chunk
         for seq in self._active:
-            end = seq.num_computed + num_tokens, seq.longest(longest)
+            end = min(seq.num_computed + num_tokens, seq.longest(self._max_model_len))
             if seq.state is State.PREFILLING:
-                end = seq.num_computed + piece, seq.num_tokens
-            if self._pool.kv.num_missing(((seq.held_slot, min(end)),)):
-                yield seq.held_slot, min(end)
+                end = min(seq.num_tokens, seq.num_computed + self._config.max_num_batched_tokens)
+            if end > kv.end(seq.held_slot) * per_block:
+                yield seq.held_slot, end
 
     def _step_tokens(self, running: list[Sequence], begun: list[Sequence], now_s: float) -> int:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""

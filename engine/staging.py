@@ -88,14 +88,10 @@ class Staging:
         draft.stage(seq, self.offload.slot)
         return True
 
-    def is_staged(self, seq: Sequence) -> bool:
-        """Whether it is the one."""
-        return seq is self._seq
-
-    def launched(self, seq: Sequence) -> None:
+    def launched(self) -> Sequence:
         """Its step has been launched: it is parked, and its first token is in flight."""
-        parking, offload = self._pool.parking, self.offload
-        if parking is None or offload is None:
+        seq, parking, offload = self._seq, self._pool.parking, self.offload
+        if seq is None or parking is None or offload is None:
             raise ValueError("no prompt is staged")
         self._waiting.started(seq)
         parking.receive(seq.backing, offload.rows, offload)
@@ -105,6 +101,7 @@ class Staging:
         seq.move(State.PARKED)
         self._turns.computed_away(seq)
         self._seq = self.offload = None
+        return seq
 
     def _is_bearable(self, count: int, running: list[Sequence], now_s: float) -> bool:
         """Whether those that decode can wait for a prompt of that length."""

@@ -49,64 +49,55 @@ def test_conversations_in_tight_memory(mode: Mode, seed: int, turns: int) -> Non
     assert int(bench.runner.num_wrong) == 0
 
 
-@pytest.mark.parametrize(("seed", "turns"), [(10, 20), (11, 120), (12, 120), (13, 120)])
-def test_sequences_that_take_turns(seed: int, turns: int) -> None:
-    """The same while sequences leave for pinned host memory and come back, beside the steps."""
+def with_balloon(dice: random.Random, limits: SchedulerConfig) -> Bench:
+    """An engine in tight memory beside 160 chunks of pinned host memory."""
     from engine.memory.cuda_copies import CudaCopies
     from engine.memory.cuda_vmm import CudaVirtualMemory
 
-    dice, device = random.Random(seed), torch.device("cuda", 0)
+    device = torch.device("cuda", 0)
+    balloon = Balloon(PinnedSlabs(device), CHUNK, 160, 80, is_filled=True)
+    while balloon.num_physical < 160:
+        balloon.grow_ahead()
+    return Bench(
+        dice.choice([44, 60]),
+        MemoryConfig(map_ahead_tokens=dice.choice([0, 8, 40])),
+        limits,
+        vm=CudaVirtualMemory(device, CHUNK),
+        geometry=GEOMETRY,
+        steps_ahead=1,
+        runner=DevicePatternRunner,
+        sampler=DevicePatternSampler,
+        balloon=balloon,
+        copies=CudaCopies(device, CHUNK),
+    )
+
+
+@pytest.mark.parametrize(("seed", "turns"), [(10, 20), (11, 120), (12, 120), (13, 120)])
+def test_sequences_that_take_turns(seed: int, turns: int) -> None:
+    """The same while sequences leave for pinned host memory and come back, beside the steps."""
+    dice = random.Random(seed)
     limits = SchedulerConfig(
         max_num_seqs=dice.choice([6, 12]),
         max_num_batched_tokens=64,
         turn_tokens=1,
         min_retained_chunks=dice.choice([0, 1024]),
     )
-    bench = Bench(
-        dice.choice([44, 60]),
-        MemoryConfig(map_ahead_tokens=dice.choice([0, 8, 40])),
-        limits,
-        vm=CudaVirtualMemory(device, CHUNK),
-        geometry=GEOMETRY,
-        steps_ahead=1,
-        runner=DevicePatternRunner,
-        sampler=DevicePatternSampler,
-    )
-    balloon = Balloon(PinnedSlabs(device), CHUNK, 160, 80, is_filled=True)
-    bench.pool.add_balloon(balloon, CudaCopies(device, CHUNK))
-    while balloon.num_physical < 160:
-        balloon.grow_ahead()
+    bench = with_balloon(dice, limits)
     converse(bench, seed, turns)
     assert isinstance(bench.runner, DevicePatternRunner)
     assert int(bench.runner.num_wrong) == 0
     assert bench.engine.snapshot.num_parkings > 0
-    assert balloon.num_used == 0
+    assert bench.balloon.num_used == 0
 
 
 @pytest.mark.parametrize(("seed", "turns"), [(20, 20), (21, 120), (22, 120), (23, 120)])
 def test_prompts_that_are_computed_into_host_memory(seed: int, turns: int) -> None:
     """Layer groups share chunks, and each is copied away before the next is written there."""
-    from engine.memory.cuda_copies import CudaCopies
-    from engine.memory.cuda_vmm import CudaVirtualMemory
-
-    dice, device = random.Random(seed), torch.device("cuda", 0)
+    dice = random.Random(seed)
     limits = SchedulerConfig(max_num_seqs=dice.choice([6, 12]), max_num_batched_tokens=256, policy="fcfs")
-    bench = Bench(
-        dice.choice([44, 60]),
-        MemoryConfig(map_ahead_tokens=dice.choice([0, 8, 40])),
-        limits,
-        vm=CudaVirtualMemory(device, CHUNK),
-        geometry=GEOMETRY,
-        steps_ahead=1,
-        runner=DevicePatternRunner,
-        sampler=DevicePatternSampler,
-    )
-    balloon = Balloon(PinnedSlabs(device), CHUNK, 160, 80, is_filled=True)
-    bench.pool.add_balloon(balloon, CudaCopies(device, CHUNK))
-    while balloon.num_physical < 160:
-        balloon.grow_ahead()
+    bench = with_balloon(dice, limits)
     converse(bench, seed, turns)
     assert isinstance(bench.runner, DevicePatternRunner)
     assert int(bench.runner.num_wrong) == 0
     assert turns < 100 or bench.scheduler.turns.decisions["layer_wise"] > 0
-    assert balloon.num_used == 0
+    assert bench.balloon.num_used == 0

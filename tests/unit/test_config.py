@@ -69,26 +69,30 @@ def test_defaults_are_the_engines_own() -> None:
     assert to_engine_config(llm, "cpu") == EngineConfig(ModelSource("org/model", "org/model"))
 
 
+SCHEDULER: dict[str, Any] = {
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 64,
+    "prefill_piece_tokens": 32,
+    "prefill_spread_steps": 2,
+    "max_prefill_tokens": 128,
+    "max_overtaken": 0,
+    "max_num_queued_reqs": 5,
+    "policy": "fcfs",
+    "turn_tokens": 16,
+    "min_retained_chunks": 8,
+    "layer_wise": False,
+    "deposit": False,
+    "on_overload": "shed",
+    "feedback_window": 7,
+    "feedback_breaches": 4,
+    "feedback_factor": 1.5,
+    "feedback_dwell_steps": 10,
+}
+
+
 def test_every_engine_field_arrives() -> None:
-    kwargs = {
+    kwargs = SCHEDULER | {
         "max_model_len": 100,
-        "max_num_seqs": 3,
-        "max_num_batched_tokens": 64,
-        "prefill_piece_tokens": 32,
-        "prefill_spread_steps": 2,
-        "max_prefill_tokens": 128,
-        "max_overtaken": 0,
-        "max_num_queued_reqs": 5,
-        "policy": "fcfs",
-        "turn_tokens": 16,
-        "min_retained_chunks": 8,
-        "layer_wise": False,
-        "deposit": False,
-        "on_overload": "shed",
-        "feedback_window": 7,
-        "feedback_breaches": 4,
-        "feedback_factor": 1.5,
-        "feedback_dwell_steps": 10,
         "enable_prefix_caching": False,
         "dtype": "float16",
         "load_format": "dummy",
@@ -112,15 +116,9 @@ def test_every_engine_field_arrives() -> None:
     engine = to_engine_config(validate(ServingArgs, llm).llm_configs[0], "cuda")
     assert engine.model == ModelSource("m", "a/b", "c/d", "dummy", "float16", 9)
     assert (engine.device, engine.max_model_len, engine.num_threads) == ("cuda", 100, 2)
-    scheduler = engine.scheduler
-    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (3, 64)
-    assert (scheduler.prefill_piece_tokens, scheduler.max_num_queued_reqs) == (32, 5)
-    assert scheduler.prefill_spread_steps == 2
-    assert (scheduler.max_prefill_tokens, scheduler.largest_step, scheduler.max_overtaken) == (128, 128, 0)
-    assert (scheduler.policy, scheduler.turn_tokens, scheduler.min_retained_chunks) == ("fcfs", 16, 8)
-    assert (scheduler.deposit, scheduler.on_overload, scheduler.layer_wise) == (False, "shed", False)
-    assert (scheduler.feedback_window, scheduler.feedback_breaches) == (7, 4)
-    assert (scheduler.feedback_factor, scheduler.feedback_dwell_steps) == (1.5, 10)
+    assert engine.scheduler == SchedulerConfig(**SCHEDULER)
+    assert set(SCHEDULER) == {field.name for field in fields(SchedulerConfig)}
+    assert [name for name, value in SCHEDULER.items() if value == getattr(SchedulerConfig(), name)] == []
     assert (engine.memory.mode, engine.memory.pool_bytes, engine.memory.chunk_bytes) == (
         "virtual",
         2**30,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
 
 from cluster.tokenizer import Tokenizer
 from engine.build import build_engine
@@ -57,15 +56,6 @@ class Run:
 
     def cached(self, prompts: Prompts) -> list[int]:
         return [self.deltas[name].num_cached_tokens for name in prompts]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Two that wait for each other beside a busy process take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

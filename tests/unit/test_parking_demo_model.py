@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.build import build_engine
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig, SloConfig
@@ -44,15 +43,6 @@ def requests() -> list[GenerateRequest]:
             own = dice.choices(range(1000, 40_000), k=dice.randrange(30, 120))
             made.append(GenerateRequest(f"{name}{at}", (*(stem if at else ()), *own), sampling))
     return made
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Two that wait for each other beside a busy process take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 TURNS = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=64, turn_tokens=2, min_retained_chunks=0)
