@@ -24,10 +24,10 @@ def test_the_demo_model_knows_the_capital_of_france(demo_model_path: Path, dtype
 
     collector = Collected()
     source = ModelSource("demo", str(demo_model_path), dtype=dtype)  # type: ignore[arg-type]
-    engine = build_engine(
-        EngineConfig(source, MemoryConfig(pool_bytes=1 << 30), SchedulerConfig(max_num_seqs=8), "cuda"),
-        collector.take,
+    config = EngineConfig(
+        source, MemoryConfig(pool_bytes=1 << 30), SchedulerConfig(max_num_seqs=8), device="cuda"
     )
+    engine = build_engine(config, collector.take)
     tokenizer = Tokenizer.load(str(demo_model_path))
     text = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
     prompt = tokenizer.encode(text, add_special_tokens=False)

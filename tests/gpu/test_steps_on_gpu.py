@@ -26,7 +26,7 @@ def build(path: Path, collector: Collected, enforce_eager: bool = False) -> Engi
             ModelSource("demo", str(path), dtype="float32"),
             MemoryConfig(pool_bytes=1 << 30),
             SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256),
-            "cuda",
+            device="cuda",
             max_model_len=2048,
             enforce_eager=enforce_eager,
         ),
