@@ -10,24 +10,34 @@ import pytest
 
 from cluster.bench.workload import RandomPlan
 from engine.config import MIB, EngineConfig, MemoryConfig, Mode, ModelSource, SchedulerConfig
-from tests.bench import memory_targets
-from tests.bench.in_process import BallonetStepper
+from tests.bench import memory_targets, prefill_offload
+from tests.bench.in_process import BallonetStepper, wait_for_balloon
 from tests.bench.memory_probe import Probe, Step
 from tests.bench.models import LLAMA_8B
+from tests.bench.prefill_offload import Prefills
 
 SEQS, LONGEST, SIZES = 4, 1024, [256, 1024]
 
 
-def _probe(folder: Path, mode: Mode) -> Probe:
+def _engine(folder: Path, mode: Mode, num_layers: int = 2) -> BallonetStepper:
     """Of a tiny model whose largest prefill needs a part of its pool that is worth having."""
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+    }
     sizes |= {"num_key_value_heads": 4, "vocab_size": 3000}
     (folder / "config.json").write_text(json.dumps(LLAMA_8B | sizes))
     source = ModelSource("tiny", str(folder), load_format="dummy", dtype="float32")
-    memory = MemoryConfig(pool_bytes=16 * MIB, mode=mode, chunk_bytes=MIB // 8)
+    memory = MemoryConfig(pool_bytes=16 * MIB, mode=mode, chunk_bytes=MIB // 8, balloon_bytes=8 * MIB)
     limits = SchedulerConfig(max_num_seqs=SEQS, max_num_batched_tokens=64, max_prefill_tokens=max(SIZES))
     config = EngineConfig(source, memory, limits, max_model_len=LONGEST)
-    return Probe(BallonetStepper(config), mode, SEQS)
+    return BallonetStepper(config)
+
+
+def _probe(folder: Path, mode: Mode) -> Probe:
+    return Probe(_engine(folder, mode), mode, SEQS)
 
 
 @pytest.fixture(scope="module", params=["static", "virtual", "elastic"])
@@ -96,3 +106,25 @@ def test_the_line_has_every_mode_and_the_machine_once() -> None:
     assert line["figure"]["elastic"]["idle"]["take_back_s"] == 1.5
     assert (line["gpu"], line["commit"]) == ("H100", "abc")
     assert "gpu" not in line["figure"]["static"]
+
+
+def test_prefills_with_and_without_their_kv_leaving(tmp_path: Path) -> None:
+    engine = _engine(tmp_path, "elastic", num_layers=4)
+    wait_for_balloon(engine, 8 / 1024)
+    cell = Prefills(engine).compare(500, runs=2)
+    assert cell["runs"] == 2
+    assert cell["kept_s"] > 0
+    assert 0 < cell["offloaded_s"] <= cell["left_s"]
+    assert cell["ratio"] == pytest.approx(cell["offloaded_s"] / cell["kept_s"], rel=1e-3)
+    engine.step()
+    memory = engine.snapshot.memory
+    assert memory.copied_out_bytes == cell["bytes"] * 4  # two steps of warming up, and two that count
+    assert memory.balloon == 0
+    engine.engine._pool.check()
+
+
+def test_a_row_of_a_prefill() -> None:
+    cell = {"tokens": 8000, "kept_s": 0.2096, "offloaded_s": 0.2066, "ratio": 0.9857, "left_s": 0.21}
+    line = prefill_offload.row(cell | {"bytes": 1 << 30})
+    assert line.split()[2:6] == ["209.60", "ms", "kept,", "206.60"]
+    assert line.endswith("ratio 0.9857; 1024 MiB gone after 210.00 ms")
