@@ -302,7 +302,7 @@ class Engine:
     def _is_stuck(self) -> bool:
         """Whether somebody waits although nothing runs that could free memory for them."""
         waits = bool(self._scheduler.unfinished()) and not self._in_flight
-        return waits and self._pool.chunks.num_retiring == 0 and not self._scheduler.turns.is_moving
+        return waits and self._pool.chunks.num_retiring == 0 and not self._scheduler.turns.is_unsettled
 
     def _launch(self, plan: StepPlan) -> None:
         """Start computing and sampling a reserved plan."""

@@ -243,6 +243,7 @@ class MemorySnapshot:
             (a part of `free`).
         created: chunks with physical memory behind them; the rest is address space only.
         balloon: chunks of host memory that hold KV.
+        balloon_cached: those of them that no sequence uses, kept for prompts that begin alike.
         balloon_logical, balloon_physical: chunks that new requests may send others to, and that there are.
         copied_out_bytes, copied_in_bytes: between the device and the balloon, since start.
         kv_tokens: tokens whose KV is held by live sequences.
@@ -266,6 +267,7 @@ class MemorySnapshot:
     driver_calls: int
     driver_calls_beside: int = 0
     balloon: int = 0
+    balloon_cached: int = 0
     balloon_logical: int = 0
     balloon_physical: int = 0
     copied_out_bytes: int = 0

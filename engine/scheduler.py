@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from engine.admission import Admission
 from engine.config import SchedulerConfig
 from engine.draft import Draft
+from engine.fetching import Fetching
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
 from engine.memory.prefix import NO_DRAFT
@@ -67,11 +68,10 @@ class Scheduler:
         self._free_seats = list(range(config.max_num_seqs))[::-1]
         self._is_held_up = False
         self._num_lacking = 0  # chunks that the next waiting request lacks
+        self.fetching = Fetching(pool)
         self.staging = Staging(config, pool, self.step_times, self.turns, self._waiting)
         self.queue_time = QueueTime()
-        self._num_drafts = 0
-        self._num_steps = 0
-        self.num_preemptions = 0
+        self._num_drafts = self._num_steps = self.num_preemptions = 0
         self.prompt_tokens = self.generated_tokens = 0
         self.prefix_queries = self.prefix_hits = 0
         self.finished: Counter[FinishReason] = Counter()
@@ -83,7 +83,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold KV on the device and take part in steps."""
+        """Sequences that hold KV on the device."""
         return len(self._active)
 
     @property
@@ -114,9 +114,8 @@ class Scheduler:
         now_s = self._clock()
         self.staging.begin_draft(now_s)
         running = self._take_turns(now_s)
-        begun = (
-            [seq for seq in self._active if not seq.is_decoding] if len(running) < len(self._active) else []
-        )
+        more = self._active if len(running) < len(self._active) else []
+        begun = [seq for seq in more if not seq.is_decoding and not seq.is_arriving]
         lacking = self._waiting.num_lacking_tokens + sum([seq.num_tokens - seq.num_computed for seq in begun])
         step_tokens = self._step_tokens(running, begun, now_s)
         draft = Draft(self._num_drafts, self._pool, step_tokens, self._config.largest_step)
@@ -224,6 +223,7 @@ class Scheduler:
         self._waiting.pass_time(now_s, self.step_times.per_prompt_token(0) * _NEVER_ALONE)
         for seq in turns.settle():
             self._return(seq)
+        self.fetching.settle()
         running = self._decodable()
         has_prompts = len(self._waiting) > 0 or len(running) < len(self._active)
         turns.tick(now_s, running, has_prompts, self._waiting.is_late)
@@ -280,7 +280,9 @@ class Scheduler:
                 self._add_piece(draft, seq)
 
     def _add_piece(self, draft: Draft, seq: Sequence) -> bool:
-        """As many of the sequence's next tokens as fit."""
+        """As many of the sequence's next tokens as fit; False if none does."""
+        if seq.is_arriving:
+            return True  # in time it will, and whoever comes next may go first
         limit = self._config.prefill_piece_tokens or self._config.largest_step
         count = min(seq.num_tokens - seq.num_computed, draft.tokens_left, limit)
         while count > 0 and not draft.try_add(seq, count):
@@ -315,12 +317,12 @@ class Scheduler:
         if self._waiting.head is not seq:
             self._waiting.head.num_overtaken += 1
         self._waiting.started(seq)
-        seq.open(opened, self._free_seats.pop())
+        seq.open(self.fetching.begin(seq, opened), self._free_seats.pop())
         seq.move(State.PREFILLING)
         insort(self._active, seq, key=_age)
         if self._pool.prefixes.is_enabled and not seq.num_preemptions:
             self.prefix_queries += seq.num_tokens
-            self.prefix_hits += opened.num_tokens
+            self.prefix_hits += seq.num_found
         return True
 
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenDelta:
@@ -343,16 +345,15 @@ class Scheduler:
 
     def _is_unsettled(self) -> bool:
         """Whether a step or a copy in flight will end sequences, free chunks or bring a sequence back."""
-        is_busy = self._pool.chunks.num_retiring > 0 or self.turns.is_moving
+        is_busy = self._pool.chunks.num_retiring > 0 or self.turns.is_unsettled
         return is_busy or any(seq.num_in_flight for seq in self._active)
 
     def _remove(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.state is State.WAITING:
             self._waiting.remove(seq)
-        elif seq.state is State.PARKED:
-            self._release_parked(seq)
         else:
-            self._release(seq, is_sound=reason != "error")
+            release = self._release_parked if seq.state is State.PARKED else self._release
+            release(seq, is_sound=reason != "error")
         if reason in ("stop", "length"):
             self.turns.finished(seq, stopped=reason == "stop")
         seq.move(State.FINISHED)
@@ -379,16 +380,17 @@ class Scheduler:
             num_kept -= num_kept % self._pool.kv.geometry.tokens_per_chunk
         self._active.remove(seq)
         self._pool.hash(seq.chain, seq.tokens, num_kept)
-        self.turns.discard(seq)
+        self.turns.discard(seq, num_kept)
         self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
         self._free_seats.append(seq.seat)
         seq.leave()
 
-    def _release_parked(self, seq: Sequence) -> None:
-        """Give up what a parked sequence has in the balloon, and the slot that it may have kept."""
-        slot, num_kept = self.turns.discard(seq)
+    def _release_parked(self, seq: Sequence, is_sound: bool = True) -> None:
+        """The same of a parked one, and of the slot that it may have kept."""
+        self._pool.hash(seq.chain, seq.tokens, seq.num_known_computed)
+        slot, num_there = self.turns.discard(seq, seq.num_known_computed if is_sound else 0)
         if slot is not None:
-            self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
+            self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_there))
         self._free_seats.append(seq.seat)
         seq.leave()
 

@@ -133,6 +133,11 @@ class Sequence:
         return self.state is State.RUNNING
 
     @property
+    def is_arriving(self) -> bool:
+        """Whether KV that it goes on from is being copied to the device."""
+        return self.backing.coming is not None
+
+    @property
     def due_s(self) -> float:
         """When its client is promised the newest token that was read, on the engine's clock."""
         if self.first_token_s is None:
@@ -160,10 +165,14 @@ class Sequence:
         self.slot, self.seat = opened.slot, seat
         self.shared_slot, self.shared_tokens = opened.shared_slot, opened.shared_tokens
         self.copy = opened.copy
-        self.num_computed = self.num_found = opened.num_tokens
         self.num_written = 0  # what was found may be in a step in flight
+        self.found(opened.num_tokens)
+
+    def found(self, num_tokens: int) -> None:
+        """So many tokens need not be computed: their KV is in the slot."""
+        self.num_computed = self.num_found = num_tokens
         if not self.num_preemptions:
-            self.num_cached_tokens = min(opened.num_tokens, len(self.request.prompt_token_ids))
+            self.num_cached_tokens = min(num_tokens, len(self.request.prompt_token_ids))
 
     def leave(self) -> None:
         """Move out of the slot, with nothing computed."""

@@ -68,7 +68,17 @@ class Turns:
     def is_moving(self) -> bool:
         """Whether a copy will change what there is room for, or who can compute."""
         parking = self._pool.parking
-        return self._returning is not None or (parking is not None and parking.is_moving)
+        if parking is None or self._pool.host_prefixes is None:
+            return False
+        return self._returning is not None or parking.is_moving or self._pool.host_prefixes.is_fetching
+
+    @property
+    def is_unsettled(self) -> bool:
+        """The same, or whether blocks that nobody reads are being saved: they cannot be given up meanwhile.
+        Little enough for those that run not to wait for it, as they would again in every step.
+        """
+        prefixes = self._pool.host_prefixes
+        return self.is_moving or (prefixes is not None and prefixes.is_saving)
 
     @property
     def _parking(self) -> Parking:
@@ -116,6 +126,8 @@ class Turns:
         if parking is None:
             return []
         parking.settle()
+        if self._pool.host_prefixes is not None:
+            self._pool.host_prefixes.settle()
         arrived = [seq for seq in self._parked if seq.backing.has_failed]
         if self._returning is not None and parking.is_back(self._returning.backing):
             arrived.append(self._returning)
@@ -135,7 +147,7 @@ class Turns:
         if parking.is_moving:
             parking.wait()
             return True
-        return False
+        return self._pool.host_prefixes is not None and self._pool.host_prefixes.wait()
 
     def park(self, seq: Sequence, num_chunks: int, why: str) -> bool:
         """Begin to move a running sequence off the device, so that so many chunks or more become free."""
@@ -162,26 +174,35 @@ class Turns:
         """A sequence that `settle` named goes on; the slot it is in."""
         return self._parking.returned(seq.backing, seq.chain, seq.num_computed)
 
-    def discard(self, seq: Sequence) -> tuple[int | None, int]:
+    def discard(self, seq: Sequence, num_kept: int) -> tuple[int | None, int]:
         """A sequence has ended, or will be computed again; of a parked one the slot to close, and the tokens
         whose KV is there.
+
+        Args:
+            num_kept: tokens whose KV others may find.
         """
         if seq in self._parked:
             self._parked.remove(seq)
         if self._returning is seq:
             self._returning = None
-        return (None, 0) if self._pool.parking is None else self._pool.parking.discard(seq.backing)
+        parking = self._pool.parking
+        return (None, 0) if parking is None else parking.discard(seq.backing, seq.chain, num_kept)
 
     def write_through(self, running: Sequences[Sequence], now_s: float) -> None:
-        """Copy KV of those that will be parked next to the balloon while the link has nothing else to do."""
-        parking = self._pool.parking
-        if parking is None or parking.is_copying or not self._takes_turns or not running:
-            return
-        pool = self._pool
-        needed = pool.chunks.total - pool.chunks.num_free - pool.num_evictable
-        if needed < _CROWDED * pool.chunks.total:
+        """Copy KV that will soon leave the device to the balloon while the link has nothing else to do: of
+        sequences that will be parked next, or else of blocks that will be given up next.
+        """
+        pool, parking, prefixes = self._pool, self._pool.parking, self._pool.host_prefixes
+        if parking is None or prefixes is None or parking.is_copying or prefixes.is_saving:
             return
         left = self._governor.num_bytes(self._last_step_s)
+        needed = pool.chunks.total - pool.chunks.num_free - pool.num_evictable
+        if self._takes_turns and needed >= _CROWDED * pool.chunks.total:
+            self._save_running(parking, running, left, now_s)
+        if not parking.is_copying and pool.chunks.num_spare < (1 - _CROWDED) * pool.chunks.total:
+            prefixes.save(left)
+
+    def _save_running(self, parking: Parking, running: Sequences[Sequence], left: int, now_s: float) -> None:
         for seq in sorted(running, key=self._order(now_s), reverse=True):
             left -= parking.save(seq.backing, seq.held_slot, seq.num_written, left)
             if left < parking.balloon.chunk_bytes:
@@ -191,7 +212,9 @@ class Turns:
         """A step has taken so many times what was predicted of it."""
         parking = self._pool.parking
         if parking is not None:
-            self._governor.step(slowness, parking.is_copying)
+            prefixes = self._pool.host_prefixes
+            is_saving = prefixes is not None and prefixes.is_saving
+            self._governor.step(slowness, parking.is_copying or is_saving)
 
     def finished(self, seq: Sequence, stopped: bool) -> None:
         """A request was answered in full: the forecast learns from its length.

@@ -73,6 +73,9 @@ class WaitingLine:
             seq.wants = match.slot
             seq.num_lacking -= match.num_tokens
             self._pool.prefixes.want(match.slot, seq.request_id, self._urgency(seq))
+        if self._pool.host_prefixes is not None:
+            known = match.num_tokens if match is not None else 0
+            seq.num_lacking -= self._pool.host_prefixes.num_found(seq.chain, seq.num_known, known)
         self.num_lacking_tokens += seq.num_lacking
 
     def remove(self, seq: Sequence) -> None:

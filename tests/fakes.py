@@ -358,6 +358,12 @@ class Bench:
         assert seq is not None
         return seq.tokens(0, count)
 
+    @property
+    def num_held(self) -> int:
+        """Host chunks that somebody needs, and that are not only kept to be found."""
+        assert self.pool.parking is not None
+        return self.balloon.num_used - self.pool.parking.host.num_cached
+
     def run(self, max_steps: int = 10_000) -> int:
         """Step until there is nothing to do; how many steps that took."""
         for count in range(max_steps):

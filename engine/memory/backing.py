@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.memory.copies import Ticket
+from engine.memory.host_rows import HostRow
 
 
 @dataclass(slots=True, eq=False)
@@ -13,7 +14,7 @@ class Backing:
 
     Attributes:
         begin: first row that `rows` has.
-        rows: host chunks of the rows from `begin` on, one a layer group.
+        rows: in the balloon, of those from `begin` on.
         slot: of a parked sequence, if it keeps one.
         first, end: rows of a parked sequence that may leave the device.
         absent: layer groups that have left.
@@ -27,7 +28,7 @@ class Backing:
     """
 
     begin: int = 0
-    rows: list[tuple[int, ...]] = field(default_factory=list)
+    rows: list[HostRow] = field(default_factory=list)
     slot: int | None = None
     first: int = 0
     end: int = 0

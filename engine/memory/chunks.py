@@ -87,6 +87,11 @@ class ChunkPool:
         return self._num_retiring
 
     @property
+    def completed(self) -> int:
+        """The newest step that has finished."""
+        return self._completed
+
+    @property
     def num_created(self) -> int:
         """Chunks with physical memory behind them."""
         return len(self._handles) + self._sent.num_made

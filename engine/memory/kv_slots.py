@@ -74,7 +74,7 @@ class KvSlots:
             self.prefixes.continue_in(match)
             opened = self._describe(match.slot, match.num_tokens)
         else:
-            held = self.prefixes.hold(match) if match else []
+            held = self.prefixes.hold(match.slot, match.num_blocks + 1) if match else []
             slot = self._empty_slot(match.num_blocks if match else 0, self._kv.geometry.rows_for(num_tokens))
             opened_or_none = None if slot is None else self._open_empty(slot, match)
             self.prefixes.release(held)

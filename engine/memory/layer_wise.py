@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from engine.errors import DriverError
 from engine.memory.backing import Backing
-from engine.memory.balloon import Balloon
 from engine.memory.chunks import ChunkPool
-from engine.memory.copies import Copies, Direction, Ticket
+from engine.memory.copies import Direction, Ticket
+from engine.memory.host_rows import HostRow
 from engine.memory.kv_cache import KvCache
 from engine.memory.kv_slots import KvSlots
 from engine.memory.parking import Parking
@@ -35,7 +35,7 @@ class Offload:
     A runner tells it where it is, in the order of the device's stream. It is the ticket of all its copies.
 
     Attributes:
-        rows: host chunks, row by row, a chunk of each layer group.
+        rows: in the balloon.
         slot: the staging slot.
     """
 
@@ -43,16 +43,13 @@ class Offload:
         self,
         kv: KvCache,
         slot: int,
-        balloon: Balloon,
-        copies: Copies,
-        host: Sequence[int],
+        parking: Parking,
+        rows: list[HostRow],
         busy: list[Ticket | None],
     ) -> None:
         self.slot = slot
-        self._kv, self._balloon, self._copies = kv, balloon, copies
-        count = len(host) // kv.geometry.num_groups
-        # Group after group, as they lie in address space on the device: then neighbours are copied as one.
-        self.rows = [tuple(host[at::count]) for at in range(count)]
+        self._kv, self._parking = kv, parking
+        self.rows = rows
         self._busy = busy  # the newest copy out of each set of chunks, of whatever prompt
         self._tickets: list[Ticket] = []
 
@@ -61,7 +58,7 @@ class Offload:
         group, at = divmod(layer, self._kv.geometry.layers_per_group)
         ticket = self._busy[group % len(self._busy)]
         if at == 0 and ticket is not None:
-            self._copies.hold_steps(ticket)
+            self._parking.copies.hold_steps(ticket)
 
     def after(self, layer: int) -> None:
         """What writes and reads a layer's keys and values has been launched."""
@@ -69,10 +66,8 @@ class Offload:
         if (layer + 1) % geometry.layers_per_group and layer + 1 < geometry.num_layers:
             return
         group = layer // geometry.layers_per_group
-        tensor, first = self._kv.tensors[group], self._kv.first_row(self.slot)
-        targets = [self._balloon.address_of(row[group]) for row in self.rows]
-        sources = [tensor.address_of(first + row) for row in range(len(self.rows))]
-        ticket = self._copies.submit(Direction.OUT, targets, sources, after_steps=True)
+        numbers = range(len(self.rows))
+        ticket = self._parking.link.submit(Direction.OUT, self.slot, numbers, self.rows, True, [group])
         self._tickets.append(ticket)
         self._busy[group % len(self._busy)] = ticket
 
@@ -119,20 +114,19 @@ class LayerWise:
         return self._num_sets * max(0, self._kv.geometry.rows_for(num_tokens) - self._num_rows)
 
     def begin(self, backing: Backing, num_tokens: int) -> Offload | None:
-        """Host chunks for a prompt of that length, and where to compute it; None if there is not both."""
+        """Host rows for a prompt of that length, and where to compute it; None if there is not both."""
         if self._slot is None:
             self._slot = self._slots.set_aside()
-        count = self._kv.geometry.chunks_for(num_tokens)
-        host = None if self._slot is None else self._parking.take_host(count, backing)
-        if self._slot is None or host is None:
+        count, parking = self._kv.geometry.rows_for(num_tokens), self._parking
+        rows = None if self._slot is None else parking.take_rows(count, backing)
+        if self._slot is None or rows is None:
             return None
-        parking = self._parking
-        return Offload(self._kv, self._slot, parking.balloon, parking.copies, host, self._busy)
+        return Offload(self._kv, self._slot, parking, rows, self._busy)
 
     def cancel(self, offload: Offload) -> None:
         """It was not launched, or not to its end: nothing of the prompt is kept."""
         self._wait(offload)
-        self._parking.balloon.put_back([chunk for row in offload.rows for chunk in row])
+        self._parking.host.release(offload.rows)
 
     def grow(self, num_tokens: int) -> bool:
         """Back the slot for a prompt of that length, from free chunks; False if that cannot be."""

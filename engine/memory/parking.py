@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.errors import ConservationError, DriverError
 from engine.memory.backing import Backing
-from engine.memory.balloon import Balloon
 from engine.memory.blocks import TokenChain
 from engine.memory.chunks import ChunkPool
 from engine.memory.copies import Copies, Direction, Ticket
+from engine.memory.host_rows import HostRow, HostRows
 from engine.memory.kv_cache import KvCache
 from engine.memory.kv_slots import KvSlots
+from engine.memory.row_copies import RowCopies
 from engine.memory.virtual_tensor import VirtualTensor
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class _Out:
 
     ticket: Ticket
     backing: Backing
-    rows: list[tuple[int, ...]]
+    rows: list[HostRow]
 
 
 class Parking:
@@ -47,7 +48,7 @@ class Parking:
 
     Args:
         kv, slots, chunks: of the pool.
-        balloon: host memory.
+        host: rows in the balloon.
         copies: the link.
         room: chunks that a sequence which comes back may take; of all there is, if nobody else can go on.
         back: backs rows, or none of them, with whatever can be given up for them; the same.
@@ -58,7 +59,7 @@ class Parking:
         kv: KvCache,
         slots: KvSlots,
         chunks: ChunkPool,
-        balloon: Balloon,
+        host: HostRows,
         copies: Copies,
         room: Callable[[bool], int],
         back: Back,
@@ -66,8 +67,10 @@ class Parking:
         self._kv = kv
         self._slots = slots
         self._chunks = chunks
-        self.balloon = balloon
+        self.host = host
+        self.balloon = host.balloon
         self.copies = copies
+        self.link = RowCopies(kv, host, copies)
         self._room = room
         self._back = back
         self._groups = kv.geometry.num_groups
@@ -78,7 +81,7 @@ class Parking:
         self._saved: dict[Backing, None] = {}  # in the order in which they were first saved
         self.num_leaving = 0
         self.num_idle = 0
-        copies.keep(balloon, chunks.vm)
+        copies.keep(host.balloon, chunks.vm)
 
     @property
     def is_moving(self) -> bool:
@@ -103,10 +106,9 @@ class Parking:
         if end <= backing.saved_until and not backing.begin:
             return 0  # as mostly: a look at its blocks would cost more than this
         self._begin_at(backing, self._slots.prefixes.num_kept(slot))
-        row_bytes = self._groups * self.balloon.chunk_bytes
-        most = min(num_bytes // row_bytes, self.balloon.num_spare // self._groups)
+        most = min(num_bytes // self.host.row_bytes, self.host.num_spare)
         end = min(end, backing.saved_until + most)
-        return (self._copy_out(backing, slot, end, after_steps=False) or 0) * row_bytes
+        return (self._copy_out(backing, slot, end, after_steps=False) or 0) * self.host.row_bytes
 
     def park(self, backing: Backing, slot: int, num_tokens: int, num_chunks: int) -> bool:
         """Begin to move a live sequence off the device. It must not be in a step from now on.
@@ -138,11 +140,11 @@ class Parking:
             self._left(backing)
         return True
 
-    def receive(self, backing: Backing, rows: list[tuple[int, ...]], ticket: Ticket) -> None:
+    def receive(self, backing: Backing, rows: list[HostRow], ticket: Ticket) -> None:
         """A sequence was computed right into the balloon: it is parked, with nothing on the device.
 
         Args:
-            rows: host chunks from `take_host`, one of each layer group.
+            rows: from `take_rows`.
             ticket: of the copies; if they fail the sequence is lost.
         """
         backing.end, backing.absent = len(rows), set(range(self._groups))
@@ -232,8 +234,21 @@ class Parking:
             self._leave_slot(backing)
         self._chunks.settle()
 
-    def discard(self, backing: Backing) -> tuple[int | None, int]:
-        """The sequence has ended, or lost its KV: nothing of it is in the balloon or in a copy any more.
+    def found(self, backing: Backing, begin: int, rows: Sequence[HostRow]) -> None:
+        """A sequence got its rows from `begin` on out of these: if it is parked, they need no copy."""
+        self._begin_at(backing, begin)
+        more = rows[backing.saved_until - begin :]
+        self.host.use(more)
+        backing.rows += more
+        self._saved[backing] = None
+
+    def discard(self, backing: Backing, chain: TokenChain, num_tokens: int) -> tuple[int | None, int]:
+        """The sequence has ended, or lost its KV. What the balloon has of it is kept for others to find, as
+        long as there is room.
+
+        Args:
+            chain: hashes of its blocks.
+            num_tokens: whose KV is what it should be; 0 if none of it may be found.
 
         Returns:
             The slot that a parked one still has, to be closed, and the tokens whose KV is there.
@@ -245,18 +260,21 @@ class Parking:
             self._parked.remove(backing)
             self.num_idle -= self.num_idle_of(backing)
         backing.is_parked = backing.has_failed = backing.is_lost = False
+        num_full = num_tokens // self._kv.geometry.tokens_per_chunk
+        digests = chain.digests[backing.begin : num_full]
+        for row, digest in zip(backing.rows, digests, strict=False):
+            self.host.remember(row, digest)
         self._forget(backing)
         slot, backing.slot = backing.slot, None
         return slot, backing.first * self._kv.geometry.tokens_per_chunk
 
+    def users(self) -> Counter[HostRow]:
+        """Of rows in the balloon, sequences and copies that are leaving."""
+        rows = [backing.rows for backing in self._saved] + [out.rows for out in self._outs]
+        return Counter(row for some in rows for row in some)
+
     def check(self) -> None:
-        """Raise ConservationError unless every host chunk in use is one sequence's, and the counts agree."""
-        self.balloon.check()
-        used = sum(len(backing.rows) for backing in self._saved) + sum(len(out.rows) for out in self._outs)
-        if used * self._groups != self.balloon.num_used:
-            raise ConservationError(
-                f"{used} rows are in the balloon, and {self.balloon.num_used} chunks used"
-            )
+        """Raise ConservationError unless the counts agree."""
         idle = sum(map(self.num_idle_of, self._parked))
         leaving = sum(
             out.backing.num_to_leave * out.backing.num_rows for out in self._outs if out.backing.is_leaving
@@ -271,35 +289,26 @@ class Parking:
         begin = backing.saved_until
         if end <= begin:
             return 0
-        host = self.take_host((end - begin) * self._groups, backing)
-        if host is None:
+        rows = self.take_rows(end - begin, backing)
+        if rows is None:
             return None
-        count, first = end - begin, self._kv.first_row(slot)
-        # Group after group, as they lie in address space on the device: then neighbours are copied as one.
-        rows = [tuple(host[at::count]) for at in range(count)]
-        pairs = [
-            (self.balloon.address_of(rows[row - begin][group]), tensor.address_of(first + row))
-            for group, tensor in enumerate(self._kv.tensors)
-            for row in range(begin, end)
-        ]
-        targets, sources = zip(*pairs, strict=True)
-        ticket = self.copies.submit(Direction.OUT, targets, sources, after_steps)
+        ticket = self.link.submit(Direction.OUT, slot, range(begin, end), rows, after_steps)
         self._outs.append(_Out(ticket, backing, rows))
         return len(rows)
 
-    def take_host(self, count: int, but_of: Backing) -> list[int] | None:
-        """Host chunks; if there are too few, those of sequences that are on the device as well."""
-        host = self.balloon.take(count)
-        if host is not None:
-            return host
+    def take_rows(self, count: int, but_of: Backing) -> list[HostRow] | None:
+        """Host rows; if there are too few, those of sequences that are on the device as well."""
+        rows = self.host.take(count)
+        if rows is not None:
+            return rows
         busy = [but_of, *(out.backing for out in self._outs)]
         spare = [one for one in self._saved if not one.is_parked and one not in busy]
-        if count > self.balloon.num_spare + sum(len(one.rows) for one in spare) * self._groups:
+        if count > self.host.num_spare + sum(len(one.rows) for one in spare):
             return None
-        while host is None and spare:
+        while rows is None and spare:
             self._forget(spare.pop(0))
-            host = self.balloon.take(count)
-        return host
+            rows = self.host.take(count)
+        return rows
 
     def _out_ended(self, out: _Out) -> None:
         backing = out.backing
@@ -307,7 +316,7 @@ class Parking:
             out.ticket.wait()
         except DriverError as error:
             logger.warning("KV was not copied to the host, and stays where it is: %s", error)
-            self._put_back(out.rows)
+            self.host.release(out.rows)
             if backing.is_leaving:
                 self.num_leaving -= backing.num_to_leave * backing.num_rows
                 backing.num_to_leave, backing.is_leaving, backing.has_failed = 0, False, True
@@ -354,15 +363,9 @@ class Parking:
         after_steps = self._chunks.num_retiring > 0
         if not self._back(places, is_alone):
             return False
-        groups = sorted(backing.absent)
-        host = [
-            backing.rows[row - backing.begin][group]
-            for group in groups
-            for row in range(backing.first, backing.end)
-        ]
-        targets = [tensor.address_of(row) for tensor, row in places]
-        sources = [self.balloon.address_of(chunk) for chunk in host]
-        backing.coming = self.copies.submit(Direction.IN, targets, sources, after_steps)
+        numbers, groups = range(backing.first, backing.end), sorted(backing.absent)
+        host = backing.rows[backing.first - backing.begin : backing.end - backing.begin]
+        backing.coming = self.link.submit(Direction.IN, slot, numbers, host, after_steps, groups)
         if backing.slot is None:
             self._kv.grown(slot, backing.end * self._kv.geometry.tokens_per_chunk)
         self._kv.returned(slot)
@@ -391,10 +394,7 @@ class Parking:
 
     def _forget(self, backing: Backing, begin: int = 0) -> None:
         """Give up the host copies of a sequence's rows from the `begin`th that it has there on."""
-        self._put_back(backing.rows[begin:])
+        self.host.release(backing.rows[begin:])
         del backing.rows[begin:]
         if not backing.rows:
             self._saved.pop(backing, None)
-
-    def _put_back(self, rows: Sequence[tuple[int, ...]]) -> None:
-        self.balloon.put_back([chunk for row in rows for chunk in row])

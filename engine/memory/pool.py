@@ -22,6 +22,8 @@ from engine.memory.balloon import Balloon
 from engine.memory.blocks import Match, Opened, TokenChain, Tokens
 from engine.memory.chunks import ChunkPool
 from engine.memory.copies import Copies, Direction
+from engine.memory.host_prefixes import HostPrefixes
+from engine.memory.host_rows import HostRows
 from engine.memory.kv_cache import KvCache, KvGeometry
 from engine.memory.kv_slots import KvSlots
 from engine.memory.layer_wise import LayerWise
@@ -93,13 +95,15 @@ class MemoryPool:
         self.prefixes = self._slots.prefixes
         self.parking: Parking | None = None
         self.layer_wise: LayerWise | None = None
+        self.host_prefixes: HostPrefixes | None = None
 
     def add_balloon(self, balloon: Balloon, copies: Copies) -> None:
-        """From now on sequences can be parked in host memory."""
-        self.parking = Parking(
-            self.kv, self._slots, self.chunks, balloon, copies, self._room_to_return, self._back_returning
-        )
-        self.layer_wise = LayerWise(self.kv, self._slots, self.chunks, self.parking)
+        """From now on sequences can be parked in host memory, and what they leave is kept there."""
+        host, back = HostRows(balloon, self.kv.geometry.num_groups), self._back_returning
+        parts = self.kv, self._slots, self.chunks
+        self.parking = parking = Parking(*parts, host, copies, self._room_to_return, back)
+        self.layer_wise = LayerWise(*parts, parking)
+        self.host_prefixes = HostPrefixes(*parts, parking, back)
 
     @property
     def num_free_slots(self) -> int:
@@ -256,6 +260,8 @@ class MemoryPool:
         """
         if drops_cache:
             self._slots.evict(self._slots.num_evictable)
+            if self.host_prefixes is not None:
+                self.host_prefixes.forget_idle()
         if self._mode == "elastic":
             self.arena.shrink(self._floor)
         if self.layer_wise is not None:
@@ -277,6 +283,7 @@ class MemoryPool:
             retiring=chunks.num_retiring,
             warm=chunks.num_warm,
             balloon=parking.balloon.num_used if parking else 0,
+            balloon_cached=parking.host.num_cached if parking else 0,
             balloon_logical=parking.balloon.num_logical if parking else 0,
             balloon_physical=parking.balloon.num_physical if parking else 0,
             copied_out_bytes=parking.copies.bytes_moved(Direction.OUT) if parking else 0,
@@ -291,8 +298,9 @@ class MemoryPool:
         """Raise ConservationError if a chunk is lost or counted twice, or the counts disagree."""
         self.chunks.check()
         self.prefixes.check()
-        if self.parking is not None:
+        if self.parking is not None and self.host_prefixes is not None:
             self.parking.check()
+            self.parking.host.check(self.parking.users() + self.host_prefixes.users())
         now = self.snapshot()
         if now.free + now.kv + now.cached + now.activation + now.guard + now.retiring != now.total:
             raise ConservationError(f"free + owned + retiring != total: {now}")

@@ -269,9 +269,9 @@ class PrefixCache:
             self._cut(number, len(slot.blocks) - 1)
         return len(slot.blocks), read_until
 
-    def hold(self, match: Match) -> Sequence[Block]:
-        """Keep a match from being given up, until `release`."""
-        held = self._slots[match.slot].blocks[: match.num_blocks + 1]
+    def hold(self, slot: int, num_blocks: int) -> Sequence[Block]:
+        """Keep a slot's first blocks from being given up, until `release`."""
+        held = self._slots[slot].blocks[:num_blocks]
         for block in held:
             self._use(block)
         return held

@@ -87,7 +87,7 @@ def test_sequences_that_take_turns(seed: int, turns: int) -> None:
     assert isinstance(bench.runner, DevicePatternRunner)
     assert int(bench.runner.num_wrong) == 0
     assert bench.engine.snapshot.num_parkings > 0
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
 
 
 @pytest.mark.parametrize(("seed", "turns"), [(20, 20), (21, 120), (22, 120), (23, 120)])
@@ -100,4 +100,4 @@ def test_prompts_that_are_computed_into_host_memory(seed: int, turns: int) -> No
     assert isinstance(bench.runner, DevicePatternRunner)
     assert int(bench.runner.num_wrong) == 0
     assert turns < 100 or bench.scheduler.turns.decisions["layer_wise"] > 0
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0

@@ -92,6 +92,11 @@ class Yard:
         self._names = itertools.count()
         self._step = 0
 
+    @property
+    def num_held(self) -> int:
+        """Host chunks that somebody needs, and that are not only kept to be found."""
+        return self.balloon.num_used - self.parking.host.num_cached
+
     def guest(self, num_tokens: int, prefix: Sequence[int] = (), longest: int = LONGEST) -> Guest:
         """A new sequence, computed up to so many tokens; it begins as told."""
         guest = self.try_guest(num_tokens, prefix, longest)
@@ -143,7 +148,7 @@ class Yard:
 
     def end(self, guest: Guest) -> None:
         """A sequence ends, parked or not."""
-        slot, num_tokens = self.parking.discard(guest.backing)
+        slot, num_tokens = self.parking.discard(guest.backing, guest.chain, guest.num_computed)
         if guest.slot is not None:
             slot, num_tokens, guest.slot = guest.slot, guest.num_computed, None
         if slot is not None:

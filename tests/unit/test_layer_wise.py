@@ -132,7 +132,7 @@ def test_two_groups_of_chunks_serve_all() -> None:
     assert yard.pool.chunks.num_free < free, "they are being copied"
     layer_wise.cancel(offload)
     layer_wise.release()
-    assert (yard.pool.chunks.num_free, yard.balloon.num_used) == (free, 0)
+    assert (yard.pool.chunks.num_free, yard.num_held) == (free, 0)
     yard.pool.check()
 
 
@@ -150,7 +150,7 @@ def test_without_room_in_the_balloon_nothing_is_begun() -> None:
     yard = Yard(host=2 * GROUPS - 1)
     assert yard.pool.layer_wise is not None
     assert yard.pool.layer_wise.begin(Backing(), 2 * T) is None
-    assert yard.balloon.num_used == 0
+    assert yard.num_held == 0
 
 
 @pytest.mark.parametrize("after", range(GROUPS))
@@ -190,7 +190,7 @@ def test_first_tokens_come_before_there_is_room_and_answers_are_right() -> None:
     assert first[bench] == len(REQUESTS) > first[without]
     assert num_staged(bench) >= 4
     assert num_staged(without) == 0
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
 
 
 def test_slow_copies_only_take_time() -> None:
@@ -213,7 +213,7 @@ def test_a_copy_that_fails_costs_its_prompt_time_and_nobody_else(group: int) -> 
     serve(bench, REQUESTS)
     assert num_staged(bench) >= 4
     assert bench.scheduler.turns.decisions["recompute"] >= 1
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["copied", "being copied"])
@@ -230,7 +230,7 @@ def test_it_can_be_cancelled(ended: bool) -> None:
         if request.request_id != name:
             expect(bench, request)
     bench.assert_idle()
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
 
 
 def test_one_token_is_all_that_some_want() -> None:
@@ -238,7 +238,7 @@ def test_one_token_is_all_that_some_want() -> None:
     short = [replace(ask(f"s{at}", 30, 1), sampling=SamplingParams(max_tokens=1)) for at in range(4)]
     serve(bench, [*REQUESTS, *short])
     assert num_staged(bench) >= 4
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
 
 
 def test_who_does_not_fit_a_step_waits_for_room() -> None:

@@ -31,7 +31,7 @@ def test_whatever_leaves_comes_back_as_it_was(num_groups: int, num_leaving: int)
     assert guest.backing.absent == set(every_other_first[:num_leaving])
     assert yard.pool.chunks.num_free == free + num_leaving * 4
     assert yard.parking.num_idle == (num_groups - num_leaving) * 4
-    assert yard.balloon.num_used == num_groups * 4, "what stays is in the balloon as well"
+    assert yard.num_held == num_groups * 4, "what stays is in the balloon as well"
     yard.soil()
     assert guest.backing.absent == set(every_other_first[:num_leaving]), "nobody was short of memory"
     yard.back(guest)
@@ -50,7 +50,7 @@ def test_it_goes_on_where_it_stopped_again_and_again() -> None:
         assert yard.compute(guest, until)
         yard.verify(guest)
     yard.end(guest)
-    assert yard.balloon.num_used == 0
+    assert yard.num_held == 0
 
 
 def test_only_rows_that_are_new_or_have_changed_are_copied_again() -> None:
@@ -59,7 +59,7 @@ def test_only_rows_that_are_new_or_have_changed_are_copied_again() -> None:
     guest = yard.guest(2 * T + 9)
     yard.leave(guest)
     yard.back(guest)
-    assert yard.balloon.num_used == 2 * GROUPS, "the tail is written on: its copy is of no use any more"
+    assert yard.num_held == 2 * GROUPS, "the tail is written on: its copy is of no use any more"
     assert yard.compute(guest, 3 * T + 1)
     moved = yard.copies.bytes_moved(OUT)
     yard.leave(guest)
@@ -86,7 +86,7 @@ def test_rows_that_were_reserved_and_not_written_are_not_kept() -> None:
     guest = yard.guest(2 * T)
     assert yard.pool.reserve([(guest.held_slot, 4 * T)], 1, 1)
     yard.leave(guest, 0)
-    assert yard.parking.num_idle == yard.balloon.num_used == yard.pool.snapshot().kv == 2 * GROUPS
+    assert yard.parking.num_idle == yard.num_held == yard.pool.snapshot().kv == 2 * GROUPS
     yard.back(guest)
 
 
@@ -137,7 +137,7 @@ def test_both_sides_of_a_shared_beginning_can_be_parked(ends_first: str) -> None
     yard.soil()
     yard.back(second)
     yard.end(second)
-    assert yard.pool.snapshot().kv == yard.balloon.num_used == 0
+    assert yard.pool.snapshot().kv == yard.num_held == 0
 
 
 def test_a_sequence_that_others_read_wholly_cannot_leave() -> None:
@@ -302,7 +302,7 @@ def test_copies_of_sequences_that_run_give_way_when_the_balloon_is_full() -> Non
     guest = yard.guest(5 * T)
     yard.leave(guest)
     assert (older.backing.rows, len(newer.backing.rows)) == ([], 3), "the one saved first, and no more"
-    assert yard.balloon.num_used == 8 * GROUPS
+    assert yard.num_held == 8 * GROUPS
     for one in (older, newer):
         yard.verify(one)
     yard.soil()
@@ -354,7 +354,7 @@ def test_copies_of_parked_sequences_never_give_way() -> None:
 def facts(yard: Yard) -> tuple[object, ...]:
     """What must be the same if nothing has happened."""
     parking = yard.parking
-    counts = (parking.num_idle, parking.num_leaving, yard.balloon.num_used, len(yard.copies.submitted))
+    counts = (parking.num_idle, parking.num_leaving, yard.num_held, len(yard.copies.submitted))
     return yard.pool.snapshot(), yard.pool.num_free_slots, counts
 
 
@@ -483,7 +483,7 @@ def test_a_sequence_may_end_at_any_stage(stage: str, has_reader: bool) -> None:
     yard.reach(guest, stage)
     yard.end(guest)
     assert yard.copies.under_way == [], "it was waited for"
-    assert yard.balloon.num_used == yard.parking.num_idle == yard.parking.num_leaving == 0
+    assert yard.num_held == yard.parking.num_idle == yard.parking.num_leaving == 0
     assert yard.pool.chunks.num_free == before + (2 if has_reader else 4) * GROUPS
     yard.soil()
     for one in filter(None, (other, reader)):
@@ -562,7 +562,7 @@ def test_rows_that_are_saved_ahead_are_not_copied_again() -> None:
     assert save(yard, guest, 3) == 3
     assert yard.compute(guest, 4 * T + 5), "it goes on beside the copy"
     yard.settle()
-    assert yard.balloon.num_used == 3 * GROUPS
+    assert yard.num_held == 3 * GROUPS
     yard.leave(guest)
     assert yard.copies.bytes_moved(OUT) == (3 + 2) * GROUPS * CHUNK_BYTES
     yard.soil()
@@ -580,7 +580,7 @@ def test_only_full_rows_are_saved_and_each_once() -> None:
     assert yard.compute(guest, 5 * T)
     assert save(yard, guest) == 1
     yard.settle()
-    assert yard.balloon.num_used == 5 * GROUPS
+    assert yard.num_held == 5 * GROUPS
     assert yard.park(guest)
     assert not guest.backing.is_leaving, "with everything saved there is nothing to wait for"
     yard.soil()
@@ -597,7 +597,7 @@ def test_what_others_read_is_not_saved() -> None:
     yard.pool.trim(drops_cache=True)
     assert save(yard, guest) == 4, "from its beginning, now that nobody reads that: the books have no gap"
     yard.settle()
-    assert yard.balloon.num_used == 4 * GROUPS
+    assert yard.num_held == 4 * GROUPS
     yard.leave(guest)
     yard.soil()
     yard.back(guest)
@@ -624,7 +624,7 @@ def test_a_sequence_that_ends_while_it_is_saved_keeps_its_rows_until_then() -> N
     assert save(yard, guest) == 4
     yard.end(guest)
     assert yard.copies.under_way == []
-    assert yard.balloon.num_used == 0
+    assert yard.num_held == 0
     assert yard.pool.snapshot().cached == 4 * GROUPS
 
 

@@ -82,7 +82,7 @@ def test_sequences_take_turns_and_lose_nothing() -> None:
     assert num_parkings(bench) > 1
     assert bench.scheduler.num_preemptions == 0, "there was room in the balloon for all"
     assert num_beside > 0, "others go on beside the copies"
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
     assert copies.bytes_moved(IN) > 0
 
 
@@ -142,7 +142,7 @@ def test_a_sequence_that_stops_while_it_leaves_waits_for_its_copy() -> None:
         if request.request_id != name:
             expect(bench, request)
     bench.assert_idle()
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -160,7 +160,7 @@ def test_a_request_can_be_cancelled_at_any_stage(stage: str) -> None:
         if request.request_id != gone.request_id:
             expect(bench, request)
     bench.assert_idle()
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)

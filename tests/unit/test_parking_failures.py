@@ -49,7 +49,7 @@ def test_a_sequence_whose_copy_failed_is_still_where_it_was() -> None:
     assert guest.backing.has_failed
     assert not guest.backing.is_leaving
     assert guest.backing.absent == set()
-    assert yard.balloon.num_used == yard.parking.num_leaving == yard.parking.num_idle == 0
+    assert yard.num_held == yard.parking.num_leaving == yard.parking.num_idle == 0
     assert yard.pool.chunks.num_free == free
     guest.slot = yard.parking.returned(guest.backing, guest.chain, guest.num_computed)
     assert guest.slot == slot
@@ -71,7 +71,7 @@ def test_a_failed_copy_costs_nothing_that_was_in_the_balloon_before() -> None:
     assert yard.park(guest)
     failing(yard, always)
     yard.settle()
-    assert yard.balloon.num_used == 2 * GROUPS
+    assert yard.num_held == 2 * GROUPS
     guest.slot = yard.parking.returned(guest.backing, guest.chain, guest.num_computed)
     failing(yard, never)
     yard.leave(guest)
@@ -87,7 +87,7 @@ def test_a_sequence_may_end_after_its_copy_failed() -> None:
     failing(yard, always)
     yard.settle()
     yard.end(guest)
-    assert yard.balloon.num_used == 0
+    assert yard.num_held == 0
     assert yard.pool.snapshot().kv == 0
 
 
@@ -97,7 +97,7 @@ def test_a_sequence_may_end_while_its_copy_fails() -> None:
     assert yard.park(guest)
     failing(yard, always)
     yard.end(guest)
-    assert yard.balloon.num_used == yard.parking.num_leaving == 0
+    assert yard.num_held == yard.parking.num_leaving == 0
     assert yard.pool.snapshot().kv == 0
 
 
@@ -126,7 +126,7 @@ def test_a_sequence_whose_copy_back_failed_is_lost_and_its_memory_is_not() -> No
         assert yard.parking.is_back(guest.backing)
         assert guest.backing.is_lost
         yard.end(guest)
-        assert yard.balloon.num_used == 0
+        assert yard.num_held == 0
         assert yard.pool.snapshot().kv == yard.pool.snapshot().cached == 0, "nobody finds what is not its KV"
         failing(yard, never)
         yard.soil()
@@ -209,7 +209,7 @@ def run_beside(bench: Bench, copies: HeldCopies, requests: Sequence[GenerateRequ
         if len(copies.under_way) > 1:
             copies.end(copies.under_way[0])
     finish(bench, requests)
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
 
 
 @pytest.mark.usefixtures("steps_ahead")
@@ -299,5 +299,5 @@ def test_a_driver_that_refuses_now_and_then_loses_no_chunk(seed: int) -> None:
     finish(bench, whole)
     assert vm.refusals.num_refused.total() > 0
     assert num_parkings(bench) > 0
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
     vm.close()

@@ -113,7 +113,7 @@ def serve_and_check(seed: int) -> int:
     bench, load = tight_bench(seed), Load(seed)
     cancelled = serve_at_random(bench, load)
     bench.assert_idle()
-    assert bench.balloon.num_used == 0
+    assert bench.num_held == 0
     for request_id, whole in load.answers.items():
         delta = bench.deltas[request_id]
         assert delta.error is None

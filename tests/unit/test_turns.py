@@ -426,7 +426,7 @@ def test_a_parked_sequence_that_ends_is_forgotten() -> None:
     seq = stage.runs("a")
     stage.park(seq)
     assert stage.brings_back() == "a"
-    slot, num_tokens = stage.turns.discard(seq)
+    slot, num_tokens = stage.turns.discard(seq, 0)
     assert (slot is not None, num_tokens) == (True, 0)
     assert stage.turns.parked == []
     assert not stage.turns.is_moving
