@@ -29,6 +29,7 @@ class Fetching:
         prefixes = self._pool.host_prefixes
         if prefixes is None:
             return opened
+        prefixes.adopt(seq.backing, opened, seq.chain)
         fetched = prefixes.fetch(seq.backing, opened, seq.chain, seq.num_tokens)
         if fetched is None:
             return opened

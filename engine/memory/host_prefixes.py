@@ -44,7 +44,6 @@ class _Save:
     """A copy of blocks of a closed slot that is under way."""
 
     ticket: Ticket
-    slot: int
     rows: list[HostRow]
     digests: list[bytes]
     held: Sequence[Block]
@@ -68,7 +67,9 @@ class HostPrefixes:
         self._per_block = kv.geometry.tokens_per_chunk
         self._fetches: dict[Backing, _Fetch] = {}
         self._save: _Save | None = None
-        self._done: dict[int, tuple[int, int]] = {}  # closed slots that were looked through, and when
+        # Closed slots, when they were last used, and how many of their blocks were looked at. Each is saved
+        # once: a small balloon would otherwise be filled again and again by what it has just given up.
+        self._looked: dict[int, tuple[int, int]] = {}
 
     @property
     def is_fetching(self) -> bool:
@@ -86,6 +87,13 @@ class HostPrefixes:
         At least one token is left to compute: its logits choose the next.
         """
         return max(0, self._end(chain, num_tokens, num_known) - num_known)
+
+    def adopt(self, backing: Backing, opened: Opened, chain: TokenChain) -> None:
+        """What a sequence found in its slot, and the balloon has as well, need not be copied there again."""
+        begin = self._slots.prefixes.num_kept(opened.slot)
+        rows = self._host.find(chain.digests[begin : opened.num_tokens // self._per_block])
+        if rows:
+            self._parking.found(backing, begin, rows)
 
     def fetch(self, backing: Backing, opened: Opened, chain: TokenChain, num_tokens: int) -> Opened | None:
         """Begin to copy what the balloon has of a sequence into the slot that was opened for it.
@@ -152,11 +160,9 @@ class HostPrefixes:
         prefixes = self._slots.prefixes
         for slot in prefixes.closed():
             books = prefixes[slot]
-            if self._done.get(slot) == (books.last_used, len(books.blocks)):  # or 1 ms with many blocks
-                continue
             lacking = self._lacking(slot)
             if not lacking:
-                self._passed(slot)
+                self._looked[slot] = books.last_used, len(books.blocks)
             elif max(books.blocks[at].read_until for at, _ in lacking) <= self._chunks.completed:
                 self._copy_out(slot, lacking[:most])
                 return
@@ -175,14 +181,13 @@ class HostPrefixes:
                 self._host.remember(row, digest)
         except DriverError as error:
             logger.warning("a prefix was not copied to the host: %s", error)
-            self._passed(save.slot)  # whatever it was may come again: what is cached is not worth that
         self._host.release(save.rows)
         self._slots.prefixes.release(save.held)
 
     def forget_idle(self) -> None:
         """Give up all that no sequence uses."""
         self._host.forget_idle()
-        self._done.clear()
+        self._looked.clear()
 
     def wait(self) -> bool:
         """Wait for the oldest beginning that a prompt waits for, or else for what is being saved; False if
@@ -206,17 +211,16 @@ class HostPrefixes:
         digests = chain.digests[begin : (num_tokens - 1) // self._per_block]
         return (begin + len(self._host.find(digests))) * self._per_block
 
-    def _passed(self, slot: int) -> None:
-        """Nothing of a closed slot is left to save until it is used again."""
-        books = self._slots.prefixes[slot]
-        self._done[slot] = books.last_used, len(books.blocks)
-
     def _lacking(self, slot: int) -> list[tuple[int, bytes]]:
-        """Own blocks of a closed slot that nobody reads and the balloon has not: where, by which hash."""
+        """Own blocks of a closed slot, of those not yet looked at, that nobody reads and the balloon has not:
+        where, and by which hash.
+        """
         books = self._slots.prefixes[slot]
+        last_used, begin = self._looked.get(slot, (0, 0))
+        begin = max(books.shared, begin if last_used == books.last_used else 0)
         return [
             (at, block.digest)
-            for at, block in enumerate(books.blocks[books.shared :], books.shared)
+            for at, block in enumerate(books.blocks[begin:], begin)
             if block.digest is not None and not block.users and block.digest not in self._host
         ]
 
@@ -226,5 +230,6 @@ class HostPrefixes:
             return
         numbers = [at for at, _ in blocks]
         ticket = self._parking.link.submit(Direction.OUT, slot, numbers, rows, after_steps=False)
+        self._looked[slot] = self._slots.prefixes[slot].last_used, blocks[-1][0] + 1
         held = self._slots.prefixes.hold(slot, blocks[-1][0] + 1)
-        self._save = _Save(ticket, slot, rows, [digest for _, digest in blocks], held)
+        self._save = _Save(ticket, rows, [digest for _, digest in blocks], held)

@@ -34,12 +34,17 @@ Prompts = Mapping[str, tuple[int, ...]]
 class Run:
     """An engine on the demo model, driven by hand, and everything it said."""
 
-    def __init__(self, path: Path, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, path: Path, enable_prefix_caching: bool, pool_mib: int = 96, balloon_mib: int = 0
+    ) -> None:
         self.deltas = Collected()
         config = EngineConfig(
             ModelSource("demo", str(path), dtype="float32"),
             MemoryConfig(
-                pool_bytes=96 * MIB, chunk_bytes=CHUNK_BYTES, enable_prefix_caching=enable_prefix_caching
+                pool_bytes=pool_mib * MIB,
+                chunk_bytes=CHUNK_BYTES,
+                enable_prefix_caching=enable_prefix_caching,
+                balloon_bytes=balloon_mib * MIB,
             ),
             SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=128),
             max_model_len=256,
@@ -80,3 +85,25 @@ def test_greedy_tokens_do_not_depend_on_what_is_cached(demo_model_path: Path) ->
     for name, delta in plain.deltas.items():
         assert caching.deltas[name].token_ids == delta.token_ids, name
         assert len(delta.token_ids) == NUM_TOKENS
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_greedy_tokens_do_not_depend_on_what_went_through_host_memory(demo_model_path: Path) -> None:
+    """Others take the memory of conversations on the device; these go on from what the balloon has."""
+    tokenizer = Tokenizer.load(str(demo_model_path))
+    plain, caching = Run(demo_model_path, False), Run(demo_model_path, True, pool_mib=30, balloon_mib=64)
+    asked = {f"ask{at}": tuple(tokenizer.encode(SYSTEM + text)) for at, text in enumerate(QUESTIONS)}
+    others = {f"other{at}": tuple(tokenizer.encode(f"Number {at}: {SYSTEM}")) for at in range(8)}
+    plain.together(asked)
+    caching.together(asked)
+    for name, prompt in others.items():
+        caching.together({name: prompt})
+    said = [prompt + plain.deltas[name].token_ids for name, prompt in asked.items()]
+    more = tuple(tokenizer.encode(MORE))
+    later = {f"on{at}": tokens + more for at, tokens in enumerate(said)}
+    plain.together(later)
+    caching.together(later)
+    assert dict(caching.engine.snapshot.decisions)["fetch_prefix"] > 0
+    assert min(caching.cached(later)) > 2 * caching.tokens_per_block
+    for name, delta in plain.deltas.items():
+        assert caching.deltas[name].token_ids == delta.token_ids, name

@@ -189,7 +189,7 @@ def test_others_go_on_while_a_beginning_arrives() -> None:
 
 
 def test_the_balloon_keeps_what_was_used_last() -> None:
-    """Room for 8 blocks, of two conversations of 5: the later one is found whole, of the other what is left."""
+    """Room for 8 blocks, of two conversations of 5: the later is found whole, of the other what is left."""
     bench, copies = crowded(balloon_chunks=8 * GROUPS)
     first, second = talk(bench, copies, "a"), talk(bench, copies, "b")
     bench.pool.trim(drops_cache=False)

@@ -288,7 +288,7 @@ def test_a_held_match_is_not_given_up() -> None:
     match = books.find((*span(0, 10), 70))
     assert found(match) == (0, 10, False)
     assert match is not None
-    held = books.hold(match)
+    held = books.hold(match.slot, match.num_blocks + 1)
     assert books.shrink(0, 99)[0] == 3, "its two blocks, and that whose beginning is to be copied"
     books.release(held)
     assert books.shrink(0, 99)[0] == 0
