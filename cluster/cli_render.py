@@ -76,7 +76,8 @@ def _balloon(snapshot: EngineSnapshot) -> str:
     used, physical = memory.balloon * memory.chunk_bytes, memory.balloon_physical * memory.chunk_bytes
     decisions = ", ".join(f"{name} {count}" for name, count in snapshot.decisions)
     copied = f"{size(memory.copied_out_bytes)} copied out, {size(memory.copied_in_bytes)} back"
-    told = f"balloon: {size(used)} of {size(physical)}, {copied}"
+    cached = f" ({size(memory.balloon_cached * memory.chunk_bytes)} cached)" if memory.balloon_cached else ""
+    told = f"balloon: {size(used)} of {size(physical)}{cached}, {copied}"
     return f"{told} ({decisions})" if decisions else told
 
 

@@ -112,14 +112,15 @@ REGISTRY: tuple[Metric, ...] = (
         "counter",
         "decisions",
         "What was decided about who computes: park_for_prompt, park_for_turn, park_for_growth, return, "
-        "recompute, shed; and of the room for new prompts in the balloon, deflate and inflate.",
+        "recompute, shed, fetch_prefix; and of the room for new prompts in the balloon, deflate and inflate.",
         ("model_name", "decision"),
     ),
     Metric(
         "ballonet_balloon_bytes",
         "gauge",
         "bytes",
-        "Host memory for KV: used, physical (there is so much), logical (new prompts may send others there).",
+        "Host memory for KV: used, cached (of it, for prompts that begin alike alone), physical (there is so "
+        "much), logical (new prompts may send others there).",
         ("model_name", "state"),
     ),
     Metric(
@@ -296,6 +297,7 @@ class GroupMetrics(_Feeder):
             self._send("scheduler_decisions", grown, model_name=model, decision=decision)
         states = (
             ("used", memory.balloon),
+            ("cached", memory.balloon_cached),
             ("physical", memory.balloon_physical),
             ("logical", memory.balloon_logical),
         )

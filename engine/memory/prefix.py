@@ -51,6 +51,11 @@ class PrefixCache:
         self.num_closed = 0
         self.newest_step = 0
 
+    @property
+    def num_uses(self) -> int:
+        """Counts up whenever a slot is closed, or read by another."""
+        return self._clock
+
     def __getitem__(self, slot: int) -> Slot:
         return self._slots[slot]
 

@@ -22,6 +22,7 @@ MEMORY = MemorySnapshot(
     driver_calls=90,
     driver_calls_beside=40,
     balloon=6,
+    balloon_cached=4,
     balloon_logical=20,
     balloon_physical=30,
     copied_out_bytes=9 << 20,

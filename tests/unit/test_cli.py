@@ -242,6 +242,7 @@ def test_status_shows_what_is_outside_the_pool_and_the_hit_rate() -> None:
         "outside the pool: weights 7 MiB, CUDA graphs 3 MiB, workspaces 1 MiB, balloon on the host 6 MiB"
     )
     assert outside in shown
+    assert "balloon: 6 MiB of 30 MiB (4 MiB cached), " in shown
     assert "prefix cache: 100 of 300 prompt tokens found (33.3%)" in shown
 
 

@@ -87,7 +87,7 @@ def test_decisions_and_the_balloon_are_told() -> None:
         for _, metric, value, labels in backend.calls
         if metric.name == "ballonet_balloon_bytes"
     }
-    assert sizes == {"used": 6 << 20, "physical": 30 << 20, "logical": 20 << 20}
+    assert sizes == {"used": 6 << 20, "cached": 4 << 20, "physical": 30 << 20, "logical": 20 << 20}
     assert backend.values("ballonet_balloon_copied_bytes") == [9 << 20, 5 << 20]
     assert backend.last("ballonet_num_requests_parked") == 2
 
