@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -245,7 +246,9 @@ def test_memory_goes_back_when_nobody_refers_to_it(use_native: bool) -> None:
     vm = HostVirtualMemory(CHUNK, 8, use_native)
     base = vm.reserve(2)
     vm.map([base], vm.create(1))
-    vm.submit([Move(None, None, base + CHUNK)])
+    ticket = vm.submit([Move(None, None, base + CHUNK)])
+    while not vm.is_done(ticket):
+        time.sleep(0.001)  # before that a write ends the process
     view = vm.view(base, 2)[CHUNK:]
     del vm
     view[5] = 7
