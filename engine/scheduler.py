@@ -68,7 +68,7 @@ class Scheduler:
         self._free_seats = list(range(config.max_num_seqs))[::-1]
         self._is_held_up = False
         self._num_lacking = 0  # chunks that the next waiting request lacks
-        self.fetching = Fetching(pool)
+        self.fetching = Fetching(pool, self.turns.decisions)
         self.staging = Staging(config, pool, self.step_times, self.turns, self._waiting)
         self.queue_time = QueueTime()
         self._num_drafts = self._num_steps = self.num_preemptions = 0
@@ -223,7 +223,7 @@ class Scheduler:
         self._waiting.pass_time(now_s, self.step_times.per_prompt_token(0) * _NEVER_ALONE)
         for seq in turns.settle():
             self._return(seq)
-        self.fetching.settle()
+        self.prefix_hits += self.fetching.settle()
         running = self._decodable()
         has_prompts = len(self._waiting) > 0 or len(running) < len(self._active)
         turns.tick(now_s, running, has_prompts, self._waiting.is_late)

@@ -19,7 +19,6 @@ def take_snapshot(
 ) -> EngineSnapshot:
     """Raw facts of this moment."""
     turns = scheduler.turns
-    fetches = [("fetch_prefix", count)] if (count := scheduler.fetching.num_fetches) else []
     parkings = sum(count for name, count in turns.decisions.items() if name.startswith("park"))
     return EngineSnapshot(
         model_id=model_id,
@@ -34,10 +33,10 @@ def take_snapshot(
         last_step_s=last_step_s,
         memory=replace(memory, balloon_logical=turns.num_allowed),
         prefix_queries=scheduler.prefix_queries,
-        prefix_hits=scheduler.prefix_hits + scheduler.fetching.num_found,
+        prefix_hits=scheduler.prefix_hits,
         num_parked=len(turns.parked),
         num_parkings=parkings,
         num_deposited=num_deposited,
         expected_ttft_s=scheduler.queue_time.first_token_s(0),
-        decisions=(*turns.decisions.items(), *fetches),
+        decisions=tuple(turns.decisions.items()),
     )

@@ -73,13 +73,14 @@ class Staging:
         layer_wise, count = self._pool.layer_wise, seq.num_tokens
         if layer_wise is None or not self._config.layer_wise or self.offload is not None:
             return False
-        prefixes = self._pool.host_prefixes
-        is_there = prefixes is not None and prefixes.num_found(seq.chain, count, 0) > 0
-        is_new = not seq.num_preemptions and (match is None or not match.num_tokens) and not is_there
+        is_new = not seq.num_preemptions and (match is None or not match.num_tokens)
         most = self._config.max_num_batched_tokens if running else self._config.largest_step
         if not is_new or draft.num_tokens + count > most:
             return False
         if layer_wise.num_missing(count) > draft.room(count):
+            return False
+        prefixes = self._pool.host_prefixes
+        if prefixes is not None and prefixes.num_found(seq.chain, count, 0):
             return False
         if not self._is_bearable(count, running, now_s):
             return False

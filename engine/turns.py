@@ -81,6 +81,12 @@ class Turns:
         return self.is_moving or (prefixes is not None and prefixes.is_saving)
 
     @property
+    def _is_copying_out(self) -> bool:
+        """Whether anything is on its way to the balloon."""
+        parking, prefixes = self._pool.parking, self._pool.host_prefixes
+        return bool((parking and parking.is_copying) or (prefixes and prefixes.is_saving))
+
+    @property
     def _parking(self) -> Parking:
         """For what can only happen where there is a balloon."""
         if self._pool.parking is None:
@@ -193,7 +199,7 @@ class Turns:
         sequences that will be parked next, or else of blocks that will be given up next.
         """
         pool, parking, prefixes = self._pool, self._pool.parking, self._pool.host_prefixes
-        if parking is None or prefixes is None or parking.is_copying or prefixes.is_saving:
+        if parking is None or prefixes is None or self._is_copying_out:
             return
         left = self._governor.num_bytes(self._last_step_s)
         needed = pool.chunks.total - pool.chunks.num_free - pool.num_evictable
@@ -210,11 +216,8 @@ class Turns:
 
     def observe(self, slowness: float) -> None:
         """A step has taken so many times what was predicted of it."""
-        parking = self._pool.parking
-        if parking is not None:
-            prefixes = self._pool.host_prefixes
-            is_saving = prefixes is not None and prefixes.is_saving
-            self._governor.step(slowness, parking.is_copying or is_saving)
+        if self._pool.parking is not None:
+            self._governor.step(slowness, self._is_copying_out)
 
     def finished(self, seq: Sequence, stopped: bool) -> None:
         """A request was answered in full: the forecast learns from its length.

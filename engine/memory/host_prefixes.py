@@ -87,7 +87,9 @@ class HostPrefixes:
 
         At least one token is left to compute: its logits choose the next.
         """
-        return max(0, self._end(chain, num_tokens, num_known) - num_known)
+        begin = num_known // self._per_block
+        end = begin + len(self._find(chain, num_tokens, begin))
+        return max(0, end * self._per_block - num_known)
 
     def adopt(self, backing: Backing, opened: Opened, chain: TokenChain) -> None:
         """What a sequence found in its slot, and the balloon has as well, need not be copied there again."""
@@ -106,11 +108,11 @@ class HostPrefixes:
             The slot with what it holds meanwhile: nothing may be computed in it until `arrived`. None if
             nothing is found, or there is no room for it now: then all is as it was.
         """
-        end = self._end(chain, num_tokens, opened.num_tokens)
-        if end <= opened.num_tokens:
-            return None
         slot, begin = opened.slot, opened.num_tokens // self._per_block
-        rows = self._host.find(chain.digests[begin : end // self._per_block])
+        rows = self._find(chain, num_tokens, begin)
+        if not rows:
+            return None
+        end = (begin + len(rows)) * self._per_block
         # What waits for a step may be backed at once, but not be written by another stream; and the step in
         # flight when a sequence ended may still write behind what is kept of it, where this one goes on.
         after_steps = self._chunks.num_retiring > 0 or opened.num_tokens % self._per_block > 0
@@ -159,7 +161,7 @@ class HostPrefixes:
         most = min(num_bytes // self._host.row_bytes, self._host.num_spare)
         if self._save is not None or not most or self._settled_at == prefixes.num_uses:
             return
-        self._settled_at = prefixes.num_uses
+        is_settled = True
         for slot in prefixes.closed():
             books = prefixes[slot]
             lacking = self._lacking(slot)
@@ -167,11 +169,12 @@ class HostPrefixes:
                 busy = (at for at, block in enumerate(books.blocks) if block.users)
                 self._looked[slot] = books.last_used, next(busy, len(books.blocks))
             elif max(books.blocks[at].read_until for at, _ in lacking) <= self._chunks.completed:
-                self._settled_at = -1
                 self._copy_out(slot, lacking[:most])
                 return
             else:
-                self._settled_at = -1  # once its steps have ended
+                is_settled = False  # once its steps have ended
+        if is_settled:
+            self._settled_at = prefixes.num_uses
 
     def settle(self) -> None:
         """Take in what has ended."""
@@ -212,11 +215,9 @@ class HostPrefixes:
         rows = [*([] if self._save is None else self._save.rows)]
         return Counter([*rows, *(row for fetch in self._fetches.values() for row in fetch.rows)])
 
-    def _end(self, chain: TokenChain, num_tokens: int, num_known: int) -> int:
-        """Tokens up to which the device and the balloon together have a sequence."""
-        begin = num_known // self._per_block
-        digests = chain.digests[begin : (num_tokens - 1) // self._per_block]
-        return (begin + len(self._host.find(digests))) * self._per_block
+    def _find(self, chain: TokenChain, num_tokens: int, begin: int) -> list[HostRow]:
+        """Rows of a sequence that the balloon has, from the `begin`th on."""
+        return self._host.find(chain.digests[begin : (num_tokens - 1) // self._per_block])
 
     def _lacking(self, slot: int) -> list[tuple[int, bytes]]:
         """Own blocks of a closed slot, of those not yet looked at, that nobody reads and the balloon has not:

@@ -107,11 +107,9 @@ class HostRows:
         """Rows of these hashes, up to the first that is not there."""
         return [self._index[digest] for digest in takewhile(self._index.__contains__, digests)]
 
-    def forget_idle(self) -> int:
-        """Give up all rows that nobody uses; bytes that are free again."""
-        freed = self.num_cached * self.balloon.chunk_bytes
+    def forget_idle(self) -> None:
+        """Give up all rows that nobody uses."""
         self._give_up(len(self._idle))
-        return freed
 
     def check(self, users: Mapping[HostRow, int]) -> None:
         """Raise ConservationError unless these are all users, and every host chunk in use is one row's."""

@@ -18,6 +18,18 @@ def ask(name: str, prompt_len: int, max_tokens: int, **sampling: object) -> Gene
     return GenerateRequest(name, tokens(name, prompt_len), SamplingParams(max_tokens=max_tokens, **sampling))  # type: ignore[arg-type]
 
 
+def request(name: str, prompt: Sequence[int], max_tokens: int = 5, salt: str = "") -> GenerateRequest:
+    """These very tokens."""
+    return GenerateRequest(name, tuple(prompt), SamplingParams(max_tokens=max_tokens), salt)
+
+
+def computed(bench: Bench) -> int:
+    """Tokens computed since the last call."""
+    count = sum(plan.num_tokens for plan in bench.runner.plans)
+    bench.runner.plans.clear()
+    return count
+
+
 def expect(bench: Bench, request: GenerateRequest) -> None:
     delta = bench.deltas[request.request_id]
     assert delta.token_ids == answer(request.prompt_token_ids, request.sampling.max_tokens)

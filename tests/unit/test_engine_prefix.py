@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import pytest
 
 from engine.config import MemoryConfig, Mode, SchedulerConfig
-from engine.messages import GenerateRequest, SamplingParams
+from engine.messages import GenerateRequest
 from tests.fakes import Bench
-from tests.unit.engine_cases import ask, converse, expect, finish, tokens
+from tests.unit.engine_cases import ask, computed, converse, expect, finish, request, tokens
 
 pytestmark = pytest.mark.usefixtures("steps_ahead")
 
 T = 32  # tokens of a block
-
-
-def request(name: str, prompt: Sequence[int], max_tokens: int = 5, salt: str = "") -> GenerateRequest:
-    return GenerateRequest(name, tuple(prompt), SamplingParams(max_tokens=max_tokens), salt)
 
 
 def run(bench: Bench, *requests: GenerateRequest) -> None:
@@ -27,13 +22,6 @@ def run(bench: Bench, *requests: GenerateRequest) -> None:
     bench.run()
     for one in requests:
         expect(bench, one)
-
-
-def computed(bench: Bench) -> int:
-    """Tokens computed since the last call."""
-    count = sum(plan.num_tokens for plan in bench.runner.plans)
-    bench.runner.plans.clear()
-    return count
 
 
 def cached(bench: Bench, name: str) -> int:

@@ -5,16 +5,14 @@ The pattern model reads every key and value back before each step, and what a co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from engine.config import MemoryConfig, SchedulerConfig
 from engine.memory.copies import Direction
-from engine.messages import GenerateRequest, SamplingParams
+from engine.messages import GenerateRequest
 from engine.sequence import State
 from tests.fakes import Bench, HeldCopies
-from tests.unit.engine_cases import converse, expect, tokens
+from tests.unit.engine_cases import computed, converse, expect, request, tokens
 from tests.unit.parking_cases import filled, watch
 
 pytestmark = pytest.mark.usefixtures("steps_ahead")
@@ -32,10 +30,6 @@ def crowded(total: int = 60, balloon_chunks: int = 400, policy: str = "slo") -> 
     filled(bench.balloon)
     watch(bench.pool, copies)
     return bench, copies
-
-
-def request(name: str, prompt: Sequence[int], max_tokens: int = 20, salt: str = "") -> GenerateRequest:
-    return GenerateRequest(name, tuple(prompt), SamplingParams(max_tokens=max_tokens), salt)
 
 
 def run(bench: Bench, copies: HeldCopies, *requests: GenerateRequest) -> None:
@@ -58,7 +52,7 @@ def run(bench: Bench, copies: HeldCopies, *requests: GenerateRequest) -> None:
 def talk(bench: Bench, copies: HeldCopies, name: str, length: int = 150) -> list[int]:
     """A first turn; all that was said."""
     prompt = tokens(name, length)
-    run(bench, copies, request(name, prompt))
+    run(bench, copies, request(name, prompt, 20))
     return [*prompt, *bench.deltas[name].token_ids]
 
 
@@ -70,13 +64,6 @@ def others(bench: Bench, copies: HeldCopies, count: int = 5) -> None:
 
 def fetches(bench: Bench) -> int:
     return dict(bench.engine.snapshot.decisions).get("fetch_prefix", 0)
-
-
-def computed(bench: Bench) -> int:
-    """Tokens computed since the last call."""
-    count = sum(plan.num_tokens for plan in bench.runner.plans)
-    bench.runner.plans.clear()
-    return count
 
 
 @pytest.mark.parametrize("policy", ["slo", "fcfs"])
