@@ -222,7 +222,7 @@ class Engine:
             self._launch(plan)
             ahead, limits = self._config.memory.map_ahead_tokens, self._config.scheduler
             if ahead:
-                self._pool.map_ahead(self._scheduler.upcoming(ahead), limits.max_num_batched_tokens)
+                self._pool.ahead.grow(self._scheduler.upcoming(ahead), limits.max_num_batched_tokens)
         elif not self._in_flight:
             busy |= self._scheduler.turns.wait()  # nothing can be computed until a copy has ended
             self._publish_all([])

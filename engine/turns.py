@@ -277,7 +277,8 @@ class Turns:
         return any(self._come_back(seq, 0, is_alone=True) for seq in order)
 
     def _come_back(self, seq: Sequence, num_reserved: int, is_alone: bool = False) -> bool:
-        if not self._parking.bring_back(seq.backing, num_reserved, is_alone):
+        step_s = math.inf if is_alone else self._last_step_s
+        if not self._parking.bring_back(seq.backing, num_reserved, is_alone, step_s):
             return False
         self._returning = seq
         self.decisions["return"] += 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,7 +117,7 @@ class HostPrefixes:
         # What waits for a step may be backed at once, but not be written by another stream; and the step in
         # flight when a sequence ended may still write behind what is kept of it, where this one goes on.
         after_steps = self._chunks.num_retiring > 0 or opened.num_tokens % self._per_block > 0
-        if not self._back(self._kv.missing(slot, end), False):
+        if not self._back(self._kv.missing(slot, end), False, math.inf):
             return None
         self._kv.grown(slot, end)
         self._slots.prefixes.copied(slot)  # of a block in part: now all of it comes

@@ -271,6 +271,11 @@ class KvCache:
             (self.tensors[group], row) for group, begin in absent for row in range(first + begin, first + end)
         ]
 
+    def all_absent(self, slot: int, num_rows: int) -> None:
+        """Note that an empty slot will be read up to there once all of it has been backed."""
+        self._end[slot] = self._highest[slot] = num_rows
+        self._absent[slot] = dict.fromkeys(range(self.geometry.num_groups), 0)
+
     def returned(self, slot: int) -> None:
         """Note that what `absent` named is backed now."""
         self._absent.pop(slot, None)

@@ -101,11 +101,12 @@ class KvSlots:
         self._free_slots.put(slot)
 
     def occupy(self, num_rows: int) -> int | None:
-        """A slot for a parked sequence that comes back, by best fit; None if there is none."""
+        """A slot for a parked sequence to come back into, by best fit; None if there is none."""
         slot = self._empty_slot(0, num_rows)
         if slot is not None:
             self.prefixes.open(slot)
             self._kv.open(slot, 0)
+            self._kv.all_absent(slot, num_rows)
         return slot
 
     def set_aside(self) -> int | None:

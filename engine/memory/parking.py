@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from engine.memory.virtual_tensor import VirtualTensor
 
 logger = logging.getLogger(__name__)
 
-Back = Callable[[Sequence[tuple[VirtualTensor, int]], bool], bool]
+Back = Callable[[Sequence[tuple[VirtualTensor, int]], bool, float], bool]
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Parking:
         host: rows in the balloon.
         copies: the link.
         room: chunks that a sequence which comes back may take; of all there is, if nobody else can go on.
-        back: backs rows, or none of them, with whatever can be given up for them; the same.
+        back: backs rows, or none of them, with whatever can be given up for them; whether alone, `step_s`.
     """
 
     def __init__(
@@ -171,28 +172,27 @@ class Parking:
         room = self._room(is_alone) - self.num_idle_of(backing)
         return len(backing.absent) * backing.num_rows + num_reserved - room
 
-    def bring_back(self, backing: Backing, num_reserved: int, is_alone: bool = False) -> bool:
+    def bring_back(
+        self, backing: Backing, num_reserved: int, is_alone: bool = False, step_s: float = math.inf
+    ) -> bool:
         """Begin to copy a parked sequence back.
 
         Args:
             num_reserved: chunks of room to leave.
             is_alone: nobody else can go on, so that nothing has to be left to prompts.
+            step_s: how long steps take, beside which memory is mapped.
 
         Returns:
-            False if there is no room, or no slot, for it now.
+            False if there is no room, or no slot, for it now, or if it takes longer to map than a step.
         """
         if backing.is_leaving or self.num_lacking(backing, num_reserved, is_alone) > 0:
             return False
         self._parked.remove(backing)
         self.num_idle -= self.num_idle_of(backing)
-        has_slot = backing.slot is not None
-        slot = backing.slot if backing.slot is not None else self._slots.occupy(backing.end)
-        if slot is None or not self._fetch(backing, slot, is_alone):
-            if slot is not None and not has_slot:
-                self._slots.abandon(slot)
-            self._stays(backing)
+        backing.slot = self._slot_of(backing)
+        if backing.slot is None or not self._fetch(backing, backing.slot, is_alone, step_s):
+            self._stays(backing, is_next=True)  # what it still has goes last: it is the next to come
             return False
-        backing.slot = slot
         return True
 
     def is_back(self, backing: Backing) -> bool:
@@ -211,8 +211,7 @@ class Parking:
         self._slots.num_tokens[slot] = num_tokens
         self._slots.prefixes.computed(slot, num_tokens)
         self._slots.prefixes.known(slot, chain)
-        num_full = num_tokens // self._kv.geometry.tokens_per_chunk
-        self._forget(backing, max(0, num_full - backing.begin))
+        self._forget(backing, max(0, num_tokens // self._kv.geometry.tokens_per_chunk - backing.begin))
         return slot
 
     @staticmethod
@@ -336,8 +335,8 @@ class Parking:
         self._leave_slot(backing)
         self._chunks.settle()
 
-    def _stays(self, backing: Backing) -> None:
-        self._parked.append(backing)
+    def _stays(self, backing: Backing, is_next: bool = False) -> None:
+        self._parked.insert(0 if is_next else len(self._parked), backing)
         self.num_idle += self.num_idle_of(backing)
 
     def _drop_groups(self, backing: Backing, count: int) -> None:
@@ -354,20 +353,20 @@ class Parking:
             self._slots.abandon(backing.slot)
             backing.slot = None
 
-    def _fetch(self, backing: Backing, slot: int, is_alone: bool) -> bool:
-        places = self._kv.absent(slot)
-        if backing.slot is None:
-            rows = self._kv.first_row(slot)
-            places = [(tensor, rows + row) for tensor in self._kv.tensors for row in range(backing.end)]
+    def _slot_of(self, backing: Backing) -> int | None:
+        """The slot that a sequence comes back into, which it keeps while it is being mapped. One does so."""
+        for other in self._parked if backing.slot is None else ():
+            self._leave_slot(other)
+        return self._slots.occupy(backing.end) if backing.slot is None else backing.slot
+
+    def _fetch(self, backing: Backing, slot: int, is_alone: bool, step_s: float) -> bool:
         # What still waits for a step to end may be backed at once, but not be written by another stream.
         after_steps = self._chunks.num_retiring > 0
-        if not self._back(places, is_alone):
+        if not self._back(self._kv.absent(slot), is_alone, step_s):
             return False
         numbers, groups = range(backing.first, backing.end), sorted(backing.absent)
         host = backing.rows[backing.first - backing.begin : backing.end - backing.begin]
         backing.coming = self.link.submit(Direction.IN, slot, numbers, host, after_steps, groups)
-        if backing.slot is None:
-            self._kv.grown(slot, backing.end * self._kv.geometry.tokens_per_chunk)
         self._kv.returned(slot)
         backing.absent = set()
         return True

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from engine.config import Mode
 from engine.errors import ConfigError, ConservationError, DriverError
+from engine.memory.ahead import MappingAhead
 from engine.memory.arena import ActivationArena, BufferSpec
 from engine.memory.balloon import Balloon
 from engine.memory.blocks import Match, Opened, TokenChain, Tokens
@@ -30,15 +31,12 @@ from engine.memory.layer_wise import LayerWise
 from engine.memory.parking import Parking
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
-from engine.memory.warm_chunks import Place
 from engine.messages import MemorySnapshot
 
 logger = logging.getLogger(__name__)
 
 _USUAL_STEPS = 64  # a sequence that comes back leaves the arena what the largest of so many steps needed
 _ONE_TOKEN = 1, 1
-_MAX_AHEAD = 256  # chunks on their way at once: what they cost to bring back bounds a wait to some 10 ms
-_MAX_HELD = 1024  # chunks kept for growth: that of 128 sequences in 8 layer groups, or of two long prompts
 
 
 class MemoryPool:
@@ -93,6 +91,7 @@ class MemoryPool:
             self._back_every_slot(max_model_len)
         self._slots = KvSlots(self.kv, self.chunks, caches_prefixes, is_static=mode == "static")
         self.prefixes = self._slots.prefixes
+        self.ahead = MappingAhead(self.chunks, self.kv, self._slots, self._shrink_idle, mode != "static")
         self.parking: Parking | None = None
         self.layer_wise: LayerWise | None = None
         self.host_prefixes: HostPrefixes | None = None
@@ -221,37 +220,6 @@ class MemoryPool:
         """The step has finished on the device."""
         self.chunks.finished(step)
 
-    def map_ahead(self, growth: Iterable[tuple[int, int]], prompt_tokens: int) -> None:
-        """Let the mapping thread prepare what will be needed soon, from free chunks.
-
-        Args:
-            growth: (slot, tokens) of slots that will soon hold so many.
-            prompt_tokens: of a prompt that might come next. An empty slot is prepared for it from chunks
-                that are mapped nowhere, once nothing else is to do.
-        """
-        chunks = self.chunks
-        chunks.receive()
-        room = _MAX_AHEAD - chunks.num_sent
-        targets: list[Place] = []
-        held: set[int] = set()
-        for slot, tokens in growth:
-            if len(held) + len(targets) >= _MAX_HELD:
-                break
-            for tensor, row in self.kv.missing(slot, tokens):
-                chunk = tensor.mapped_at(row)
-                if chunk is not None:
-                    held.add(chunk)
-                elif tensor.is_empty(row):
-                    targets.append((tensor, row))
-        chunks.hold(held)
-        if targets:
-            del targets[room:]
-            self._slots.evict(len(targets) - chunks.num_spare)
-            self._shrink_arena(len(targets) - chunks.num_spare - chunks.num_retiring, self._step_chunks)
-            chunks.send_ahead(targets, is_held=True)
-        elif chunks.num_unmapped and not chunks.num_sent and self._mode != "static":
-            chunks.send_ahead(self._slots.unprepared(prompt_tokens)[: min(room, chunks.num_unmapped)])
-
     def trim(self, drops_cache: bool = False) -> int:
         """Give every free chunk back to the system, the arena's idle tail included; bytes released.
 
@@ -332,8 +300,12 @@ class MemoryPool:
         """Chunks that a parked sequence may take: what prompts compute in is left to them."""
         return self.room_for_kv(*(_ONE_TOKEN if is_alone else self._usual_step))
 
-    def _back_returning(self, wanted: Sequence[tuple[VirtualTensor, int]], is_alone: bool) -> bool:
-        return self._back(wanted, self.arena.chunks_for(*(_ONE_TOKEN if is_alone else self._usual_step)))
+    def _back_returning(
+        self, wanted: Sequence[tuple[VirtualTensor, int]], is_alone: bool, step_s: float
+    ) -> bool:
+        num_used = self.arena.chunks_for(*(_ONE_TOKEN if is_alone else self._usual_step))
+        is_ready = self.ahead.is_ready(wanted, step_s, lambda count: self._make_room(count, num_used))
+        return is_ready and self._back(wanted, num_used)
 
     def _make_room(self, num_chunks: int, num_used: int) -> None:
         """Let so many chunks become free, from the arena's idle tail first."""
@@ -342,6 +314,9 @@ class MemoryPool:
         self._slots.evict(short)
         if self.parking is not None:
             self.parking.evict(num_chunks - self.chunks.num_free)
+
+    def _shrink_idle(self, num_chunks: int) -> int:
+        return self._shrink_arena(num_chunks, self._step_chunks)
 
     def _shrink_arena(self, num_chunks: int, num_used: int) -> int:
         """Take up to so many chunks from the arena's tail behind the `num_used` lowest; how many it were."""

@@ -231,10 +231,10 @@ def test_a_long_prompt_on_its_way_lets_go_of_nobody_elses_chunks() -> None:
     assert prompt is not None
     assert decode is not None
     assert pool.reserve([(prompt.slot, 1), (decode.slot, 1)], 2, 2)
-    pool.map_ahead([(decode.slot, 33)], 0)
+    pool.ahead.grow([(decode.slot, 33)], 0)
     pool.chunks.receive(wait=True)
     for _ in range(2):  # the first time as much is sent as may be, and nothing more the second
-        pool.map_ahead([(prompt.slot, 3000), (decode.slot, 33)], 0)
+        pool.ahead.grow([(prompt.slot, 3000), (decode.slot, 33)], 0)
         pool.chunks.take(pool.chunks.num_spare, "other")
     assert all(tensor.can_adopt(row) for tensor, row in pool.kv.missing(decode.slot, 33))
 

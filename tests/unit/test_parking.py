@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 
+from engine.memory import ahead
 from engine.memory.kv_cache import KvGeometry
 from tests.fakes import CHUNK_BYTES, HeldTicket
 from tests.unit.parking_cases import GROUPS, IN, LONGEST, OUT, STAGES, Guest, T, Yard
@@ -208,6 +209,65 @@ def test_without_a_slot_it_stays_parked() -> None:
     yard.end(others[0])
     yard.back(guest)
     yard.verify(others[1])
+
+
+def _scattered(monkeypatch: pytest.MonkeyPatch, total: int) -> tuple[Yard, Guest]:
+    """A parked sequence of 6 rows; what is free is mapped in other slots, two rows in each."""
+    monkeypatch.setattr(ahead, "_LEAST_AT_ONCE", 4)
+    monkeypatch.setattr(ahead, "_MAX_SENT", 4)
+    yard = Yard(total, num_slots=20)
+    guest = yard.guest(5 * T + 1)
+    yard.leave(guest)
+    visitors = []
+    while yard.pool.chunks.num_free > 12:
+        visitors.append(yard.guest(2 * T))
+    for visitor in visitors:
+        yard.pool.close_slot(visitor.held_slot, visitor.chain, ())
+    return yard, guest
+
+
+def _tries(yard: Yard, guest: Guest) -> int:
+    """How often a return beside short steps is tried until it begins."""
+    for tries in range(1, 20):
+        if yard.parking.bring_back(guest.backing, 0, step_s=0.0):
+            return tries
+        yard.pool.check()
+        yard.pool.chunks.receive(wait=True)
+        yard.pool.check()
+    raise AssertionError("it never comes back")
+
+
+def test_memory_for_a_return_is_mapped_beside_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    yard, guest = _scattered(monkeypatch, 90)
+    before = yard.pool.snapshot().driver_calls
+    assert _tries(yard, guest) == 3  # 10 of 24 places are to be mapped: 4, 4, and the last two with the copy
+    assert yard.pool.snapshot().driver_calls - before <= 2 * 4
+    yard.arrive(guest)
+    yard.verify(guest)
+
+
+def test_a_return_beside_long_steps_is_mapped_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    yard, guest = _scattered(monkeypatch, 90)
+    assert yard.parking.bring_back(guest.backing, 0, step_s=0.1)
+    yard.arrive(guest)
+    yard.verify(guest)
+
+
+def test_a_return_does_not_wait_for_chunks_that_are_kept_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held for growth, they count as room, and the mapping thread does not touch them."""
+    yard, guest = _scattered(monkeypatch, 90)
+    other = yard.guest(T)
+    for rows in (3, 5, 7):
+        yard.pool.ahead.grow([(other.held_slot, rows * T)], 0)
+        yard.pool.chunks.receive(wait=True)
+    yard.pool.ahead.grow([(other.held_slot, 7 * T)], 0)
+    taken = yard.pool.chunks.take(-yard.parking.num_lacking(guest.backing, 0), "kv")
+    assert taken is not None
+    assert yard.pool.chunks.num_spare < 4 < 24 <= yard.pool.chunks.num_free
+    assert _tries(yard, guest) < 4
+    yard.pool.chunks.put_back(taken)
+    yard.arrive(guest)
+    yard.verify(guest)
 
 
 def test_without_room_it_stays_parked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from engine.config import MemoryConfig, SchedulerConfig
+from engine.memory import ahead
 from engine.memory.kv_cache import KvGeometry
 from engine.messages import GenerateRequest, SamplingParams
 from tests.failing_memory import FailingVirtualMemory
@@ -201,7 +203,8 @@ class Moves:
     def bring_back(self) -> None:
         if self.parked:
             guest = self.dice.choice(self.parked)
-            if self.yard.parking.bring_back(guest.backing, self.dice.choice([0, 8])):
+            step_s = self.dice.choice([0.0, math.inf])
+            if self.yard.parking.bring_back(guest.backing, self.dice.choice([0, 8]), step_s=step_s):
                 self.parked.remove(guest)
                 self.coming.append(guest)
 
@@ -269,7 +272,9 @@ class Moves:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_moves_of_sequences(seed: int) -> None:
+def test_random_moves_of_sequences(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_LEAST_AT_ONCE", 2)  # of so small sequences; else none is mapped beside steps
+    monkeypatch.setattr(ahead, "_MAX_SENT", 8)
     moves = Moves(seed)
     moves.run(250)
     assert moves.seen["left"]

@@ -170,7 +170,7 @@ class Conversations:
         else:
             self.vm.proceed()
         growth = [(one.slot, min(LONGEST, one.num_computed + 20)) for one in self.open]
-        self.pool.map_ahead(growth, self.dice.choice([16, LONGEST]))
+        self.pool.ahead.grow(growth, self.dice.choice([16, LONGEST]))
 
     def refuse(self) -> None:
         self.vm.refuse(self.dice.choice(["map", "access"]), after=self.dice.randrange(4))
