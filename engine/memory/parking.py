@@ -192,6 +192,8 @@ class Parking:
         backing.slot = self._slot_of(backing)
         if backing.slot is None or not self._fetch(backing, backing.slot, is_alone, step_s):
             self._stays(backing, is_next=True)  # what it still has goes last: it is the next to come
+            if math.isinf(step_s):
+                self._leave_slot(backing)  # where nothing is being mapped
             return False
         return True
 
@@ -275,9 +277,8 @@ class Parking:
     def check(self) -> None:
         """Raise ConservationError unless the counts agree."""
         idle = sum(map(self.num_idle_of, self._parked))
-        leaving = sum(
-            out.backing.num_to_leave * out.backing.num_rows for out in self._outs if out.backing.is_leaving
-        )
+        moving = [out.backing for out in self._outs if out.backing.is_leaving]
+        leaving = sum(one.num_to_leave * one.num_rows for one in moving)
         if (idle, leaving) != (self.num_idle, self.num_leaving):
             raise ConservationError(
                 f"parked: {idle} idle, {leaving} leaving; {self.num_idle}, {self.num_leaving} counted"
