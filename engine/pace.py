@@ -18,9 +18,13 @@ _TOKENS_OF_A_READ = 256
 # that an 8B model has a CUDA graph for.
 _LEAST = 2 * _TOKENS_OF_A_READ
 # Prompt tokens that a device computes as fast as any more of them: beside two decodes at 118,000 tokens of
-# context two steps of 4,095 took 0.87 s, as much as one of 8,190 (H100, 8B model). With more of them decodes
-# would wait for nothing, and be left over when there are no prompts any more to share a read of the weights.
+# context two steps of 4,095 took 0.87 s, as much as one of 8,190 (H100, 8B model).
 _ENOUGH = 4096
+# Seconds that a step beside decodes is worth, whatever pace they are promised: after longer ones decodes that
+# could have gone on are left over when no prompt shares the read of the weights any more. Six prompts of
+# 126,000 tokens and 128 for each took 63.6 s with steps of half a second, 62.5 s with 4,096 tokens a step. But
+# 4,096 of short prompts take 80 ms, and there a step's own cost counts: 256 requests of 512 + 256 lost 1 %.
+_LONG_S = 0.2
 _SHARE_OF_FIRST = 4  # a prompt by itself is spread over a quarter of the steps
 _AIM = 0.75  # of the time to the first token that is promised: the rest is for what nobody foresees
 _URGENT = 32  # waiting requests whose deadlines are looked at
@@ -48,18 +52,19 @@ class Pace:
     step of their own; and nobody's next token waits for a whole prompt. The more decodes, the less there is
     to gain, and the fewer steps are taken: at 256 one, since their products take as long as the read. What
     is due soon is not spread: LayerKV lets prompts in as fast as the sequences that run can bear it. But no
-    prompt gains by steps that are longer than the device asks for.
+    prompt gains by steps that are longer than both the device and the promise of next tokens ask for, and
+    nothing does by steps of more than `_LONG_S`.
 
     Args:
-        config: `max_num_batched_tokens`, `prefill_spread_steps` and `policy`: only with `slo` are steps
-            kept short for decodes.
+        config: `max_num_batched_tokens`, `prefill_spread_steps` and `policy`: only with `slo` do promises
+            count.
         times: of steps.
     """
 
     def __init__(self, config: SchedulerConfig, times: StepTimes) -> None:
         self._most = config.max_num_batched_tokens
         self._spread_steps = config.prefill_spread_steps
-        self._enough = _ENOUGH if config.policy == "slo" else self._most
+        self._keeps_promises = config.policy == "slo"
         self._times = times
 
     def prompt_tokens(
@@ -74,12 +79,22 @@ class Pace:
         """
         most = self._most - len(running)
         if running:
-            most = max(min(most, _LEAST), min(int(most * share), self._enough))
+            most = max(min(most, _LEAST), int(min(most * share, self._promised(running, backlog))))
         steps = self._spread_steps * (1 - len(running) / _TOKENS_OF_A_READ)
         if steps <= 1:
             return most
         spread = max(_LEAST, backlog.tokens / steps, backlog.first * _SHARE_OF_FIRST / steps)
         return math.ceil(min(most, max(spread, self._hurried(running, backlog, bearable_s))))
+
+    def _promised(self, running: Sequences[Sequence], backlog: Backlog) -> float:
+        """Prompt tokens beside which next tokens keep the pace they are promised and no step takes too long, or
+        enough for the device if those are more.
+        """
+        if not self._keeps_promises or not self._times.is_fitted:
+            return math.inf
+        step_s, token_s = self._seconds(running, backlog)
+        promised_s = min(_LONG_S, *[seq.tpot_slo_s for seq in running])
+        return max(_ENOUGH, (promised_s - step_s) / token_s) if token_s else math.inf
 
     def _seconds(self, running: Sequences[Sequence], backlog: Backlog) -> tuple[float, float]:
         """Predicted of a step of these decodes alone, and of each token of the first prompt beside them."""

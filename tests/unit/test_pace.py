@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -71,17 +72,19 @@ def test_a_step_is_no_longer_than_others_can_bear() -> None:
     assert _hurried([(8000, 0.1)], bearable_s=0.067) == pytest.approx((0.067 - 0.007) / 25e-6, rel=0.05)
 
 
-def _due_at_once(decodes: int, policy: Policy = "slo") -> int:
-    """Tokens of a step of up to 16,384 beside so many decodes, when everything is due at once."""
+def _beside_promises(tpot_slo_ms: float, policy: Policy = "slo") -> int:
+    """Tokens of a step of up to 16,384 beside decodes, when everything is due at once."""
     limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=16_384, policy=policy)
+    running = [replace(_prompt(1), tpot_slo_s=tpot_slo_ms / 1e3) for _ in range(8)]
     backlog = Backlog(8000, 10**6, [(8000, 0.1)])
-    return Pace(limits, _fitted()).prompt_tokens([_prompt(1)] * decodes, backlog, math.inf)
+    return Pace(limits, _fitted()).prompt_tokens(running, backlog, math.inf)
 
 
-def test_a_step_beside_decodes_is_no_longer_than_the_device_asks_for() -> None:
-    assert _due_at_once(8) == 4096
-    assert _due_at_once(0) == 16_384  # nobody waits for it
-    assert _due_at_once(8, policy="fcfs") == 16_384 - 8
+def test_a_step_is_no_longer_than_the_pace_of_next_tokens_if_shorter_ones_are_as_good() -> None:
+    assert _beside_promises(150) == pytest.approx((0.15 - 0.007) / 25e-6, rel=0.05)
+    assert _beside_promises(20) == 4096  # shorter ones would be slower for each token
+    assert _beside_promises(1000) == _beside_promises(200) == pytest.approx((0.2 - 0.007) / 25e-6, rel=0.05)
+    assert _beside_promises(20, policy="fcfs") == 16_384 - 8
 
 
 def test_feedback_takes_a_share_of_the_step() -> None:
