@@ -21,9 +21,9 @@ _LEAST = 2 * _TOKENS_OF_A_READ
 # context two steps of 4,095 took 0.87 s, as much as one of 8,190 (H100, 8B model).
 _ENOUGH = 4096
 # Seconds that a step beside decodes is worth, whatever pace they are promised: after longer ones decodes that
-# could have gone on are left over when no prompt shares the read of the weights any more. Six prompts of
-# 126,000 tokens and 128 for each took 63.6 s with steps of half a second, 62.5 s with 4,096 tokens a step. But
-# 4,096 of short prompts take 80 ms, and there a step's own cost counts: 256 requests of 512 + 256 lost 1 %.
+# could have gone on are left over when no prompt shares the read of the weights any more: beside six prompts of
+# 126,000 tokens steps of half a second left 196 steps of decodes alone, steps of 4,096 tokens 127. But 4,096
+# tokens of short prompts take 80 ms, and there a step's own cost counts: 256 requests of 512 + 256 lost 1 %.
 _LONG_S = 0.2
 _SHARE_OF_FIRST = 4  # a prompt by itself is spread over a quarter of the steps
 _AIM = 0.75  # of the time to the first token that is promised: the rest is for what nobody foresees
@@ -87,8 +87,9 @@ class Pace:
         return math.ceil(min(most, max(spread, self._hurried(running, backlog, bearable_s))))
 
     def _promised(self, running: Sequences[Sequence], backlog: Backlog) -> float:
-        """Prompt tokens beside which next tokens keep the pace they are promised and no step takes too long, or
-        enough for the device if those are more.
+        """Prompt tokens beside which next tokens keep the pace they are promised and no step takes too long.
+
+        Enough for the device if those are more.
         """
         if not self._keeps_promises or not self._times.is_fitted:
             return math.inf
