@@ -30,6 +30,8 @@ _ALIGNED_BYTES = 16  # what TMA asks of addresses and strides
 _ALIGNED_ELEMENTS = 8
 _NUM_STAGES = 2
 _WARPGROUP_ROWS = 64
+# Tiles of keys for each look at their largest score. Float16 has no room for weights far above 1.
+_TILES_PER_LOOK = 17  # odd: those between are taken in pairs
 # Keys and values that take turns in L2, of an H100's 50 MB, so that programs find each other's tiles there:
 # 8 x 2k on 14k tokens lost 5 % at 64 MiB, and nothing gained at 16.
 _L2_BYTES = 32 << 20
@@ -70,7 +72,7 @@ class Variant:
         """The kernel's compile-time arguments, in its order."""
         return (
             self.heads, self.slots, self.tokens_per_row, self.head_dim, self.block_tokens, self.block_dim,
-            _NUM_STAGES,
+            _NUM_STAGES, _TILES_PER_LOOK if self.dtype == torch.bfloat16 else 1,
         )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ A tile's rows are (token, head) pairs, HEADS heads of one group a token, so that
 serves them all. Rings of STAGES tiles of K and of V join producer and consumers. For each place in a ring
 there is a barrier that says it is full and one that says it is empty; step s uses place s % STAGES for the
 (s // STAGES)-th time, whose parity is what a barrier is asked for. Queries have a place for each consumer,
-notes have two: (first query, queries left, first query's position, slot, context length), where no queries
-left is the end.
+notes have two: (first query, queries left, first query's position, slot, context length, tiles of keys for
+each look at their largest score), where no queries left is the end. A note's place is empty again when both
+consumers are done with its tile and have left their verdicts: whether it has to be computed again.
 
 Tiles of keys lie within a row of the pool, so no load reaches into a row that may be unmapped.
 """
@@ -88,13 +89,22 @@ def _find_tile(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _has_failed(verdict_smem, place):  # type: ignore[no-untyped-def]
+    """Whether either consumer wants the tile of the note that lay there again."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    first = verdict_smem.index(place * 2).load(layout)
+    second = verdict_smem.index(place * 2 + 1).load(layout)
+    return gl.max(gl.maximum(first, second), 0) > 0
+
+
+@gluon.jit
 def _produce(  # type: ignore[no-untyped-def]
     q_desc, kv_desc, buffers, barriers, arrays, num_sequences, kv_heads, l2_tokens,
     HEADS: gl.constexpr, SLOTS: gl.constexpr, TOKENS_PER_ROW: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES_PER_LOOK: gl.constexpr,
 ):  # fmt: skip
-    q_smem, k_smem, v_smem, note_smem = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, note_full, note_empty, _ = barriers
+    q_smem, k_smem, v_smem, note_smem, verdict_smem = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, note_full, note_empty, _, _ = barriers
     query_starts_ptr, first_rows_ptr, shared_first_rows_ptr, shared_lens_ptr = arrays[:4]
     context_lens_ptr, counter_ptr = arrays[4:]
     HALF_TOKENS: gl.constexpr = 64 // HEADS
@@ -102,20 +112,43 @@ def _produce(  # type: ignore[no-untyped-def]
     TILES_PER_ROW: gl.constexpr = TOKENS_PER_ROW // BLOCK_N
     lanes = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
 
-    work = gl.program_id(0)
-    sequence = 0
-    first_work = 0
+    next_work = gl.program_id(0)
+    next_sequence = 0
+    next_first_work = 0
+    # Tiles whose verdicts are still to come, of the last turn but one and of the last; -1 is none.
+    older = -1
+    newer = -1
     turn = 0
     step = 0
     is_found = True
     while is_found:
-        is_found, sequence, first_work, query_start, num_queries = _find_sequence(
-            work, sequence, first_work, query_starts_ptr, num_sequences, kv_heads * SLOTS, BLOCK_TOKENS
-        )
         mbarrier.wait(note_empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
-        next_work = work
+        again = -1
+        if older >= 0:
+            again = gl.where(_has_failed(verdict_smem, turn & 1), older, -1)
+        is_found, sequence, first_work, query_start, num_queries = _find_sequence(
+            gl.where(again >= 0, again, next_work), gl.where(again >= 0, 0, next_sequence),
+            gl.where(again >= 0, 0, next_first_work), query_starts_ptr, num_sequences, kv_heads * SLOTS,
+            BLOCK_TOKENS,
+        )  # fmt: skip
+        if (not is_found) & (newer >= 0):
+            # Nothing else to do: the last tile's verdict is waited for.
+            mbarrier.wait(note_empty.index((turn + 1) & 1), ((turn - 1) >> 1) & 1)
+            if _has_failed(verdict_smem, (turn + 1) & 1):
+                again = newer
+                is_found, sequence, first_work, query_start, num_queries = _find_sequence(
+                    again, turn * 0, turn * 0, query_starts_ptr, num_sequences, kv_heads * SLOTS, BLOCK_TOKENS
+                )
+            newer = -1
+        older = newer
+        newer = -1
         if is_found:
-            next_work = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+            work = gl.where(again >= 0, again, next_work)
+            if again < 0:
+                next_work = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+                next_sequence = sequence
+                next_first_work = first_work
+                newer = gl.where(TILES_PER_LOOK > 1, work, -1)
             context_len = gl.load(context_lens_ptr + sequence)
             first_row = gl.load(first_rows_ptr + sequence).to(gl.int32)
             shared_row = gl.load(shared_first_rows_ptr + sequence).to(gl.int32)
@@ -129,6 +162,7 @@ def _produce(  # type: ignore[no-untyped-def]
             num_tiles = gl.cdiv(position + gl.minimum(limit, BLOCK_TOKENS), BLOCK_N)
             note = gl.where(lanes == 0, query, gl.where(lanes == 1, limit, position))
             note = gl.where(lanes == 3, slot, gl.where(lanes == 4, context_len, note))
+            note = gl.where(lanes == 5, gl.where(again >= 0, 1, TILES_PER_LOOK), note)
             note_smem.index(turn & 1).store(note)
             mbarrier.arrive(note_full.index(turn & 1), count=1)
 
@@ -153,7 +187,6 @@ def _produce(  # type: ignore[no-untyped-def]
         else:
             note_smem.index(turn & 1).store(lanes * 0)  # no queries: the end
             mbarrier.arrive(note_full.index(turn & 1), count=1)
-        work = next_work
         turn += 1
     # The last program to end leaves the counters at zero, for a later launch.
     if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:
@@ -177,7 +210,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     context_lens_ptr, counter_ptr, scale_log2, out_token_stride_8, out_head_stride_8, num_sequences,
     kv_heads, l2_tokens,
     HEADS: gl.constexpr, SLOTS: gl.constexpr, TOKENS_PER_ROW: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_PER_LOOK: gl.constexpr,
 ):  # fmt: skip
     """Launched with 4 warps, which are the first consumer; `counter_ptr` holds two zeros.
 
@@ -188,6 +221,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + kv_desc.block_type.shape, kv_desc.layout)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + kv_desc.block_type.shape, kv_desc.layout)
     note_smem = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    verdict_smem = gl.allocate_shared_memory(gl.int32, [4, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     note_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -197,11 +231,13 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     tail_clear = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    may_issue = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)  # each consumer has its own queries
         mbarrier.init(note_full.index(i), count=1)
         mbarrier.init(note_empty.index(i), count=2)
+        mbarrier.init(may_issue.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
@@ -210,8 +246,10 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     mbarrier.init(tail_clear, count=2)
     fence_async_shared()
 
-    buffers = (q_smem, k_smem, v_smem, note_smem)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, note_full, note_empty, tail_clear)
+    buffers = (q_smem, k_smem, v_smem, note_smem, verdict_smem)
+    barriers = (
+        q_full, q_empty, k_full, k_empty, v_full, v_empty, note_full, note_empty, tail_clear, may_issue,
+    )  # fmt: skip
     arrays = (
         query_starts_ptr, first_rows_ptr, shared_first_rows_ptr, shared_lens_ptr, context_lens_ptr,
         counter_ptr,
@@ -219,11 +257,11 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     gl.warp_specialize(
         [
             (consume, (0, buffers, barriers, out_ptr, out_token_stride_8, out_head_stride_8, scale_log2,
-                       HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, STAGES)),
+                       HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, STAGES, TILES_PER_LOOK)),
             (consume, (1, buffers, barriers, out_ptr, out_token_stride_8, out_head_stride_8, scale_log2,
-                       HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, STAGES)),
+                       HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, STAGES, TILES_PER_LOOK)),
             (_produce, (q_desc, kv_desc, buffers, barriers, arrays, num_sequences, kv_heads, l2_tokens,
-                        HEADS, SLOTS, TOKENS_PER_ROW, BLOCK_N, STAGES)),
+                        HEADS, SLOTS, TOKENS_PER_ROW, BLOCK_N, STAGES, TILES_PER_LOOK)),
         ],
         [4, 1],
         [240, 24],

@@ -6,6 +6,7 @@ last rows, the other layers of a chunk and the padding between strided rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -99,10 +100,14 @@ def make_context(
     dtype: torch.dtype,
     device: torch.device,
     sharing: Sharing | None = None,
+    large_keys: Mapping[int, float] | None = None,
 ) -> Context:
     """Sequences of these lengths in shuffled order, with rows of NaN between.
 
     A sequence that shares a prefix has rows of its own for it too, which are NaN.
+
+    Args:
+        large_keys: by token, how many times larger its keys are than others.
     """
     sharing, t = sharing or {}, shape.tokens_per_row
     num_rows = [-(-length // t) for length in lengths]
@@ -116,7 +121,10 @@ def make_context(
         next_row += num_rows[index] + 1
     owners = [sharing.get(index, (index, 0)) for index in range(len(lengths))]
     for index, (length, first_row) in enumerate(zip(lengths, first_rows, strict=True)):
-        k = torch.randn(length, shape.kv_heads, shape.head_dim).to(dtype)
+        k = torch.randn(length, shape.kv_heads, shape.head_dim)
+        for token, factor in (large_keys or {}).items():
+            k[token : token + 1] *= factor
+        k = k.to(dtype)
         v = torch.randn(length, shape.kv_heads, shape.head_dim).to(dtype)
         for token in range(owners[index][1] * t, length):
             kv[first_row + token // t, 0, token % t] = k[token]

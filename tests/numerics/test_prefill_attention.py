@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -35,10 +37,11 @@ def check(
     pieces: list[tuple[int, int]],
     dtype: torch.dtype,
     sharing: Sharing | None = None,
+    large_keys: Mapping[int, float] | None = None,
 ) -> None:
-    """`pieces`: (queries, cached tokens) of each sequence."""
+    """`pieces`: (queries, cached tokens) of each sequence; `large_keys` as `make_context` takes them."""
     lengths = [queries + cached for queries, cached in pieces]
-    context = make_context(shape, lengths, dtype, backend.device, sharing)
+    context = make_context(shape, lengths, dtype, backend.device, sharing, large_keys)
     starts = [0]
     for queries, _ in pieces:
         starts.append(starts[-1] + queries)
@@ -76,6 +79,12 @@ def test_whole_prompt(backend: Backend, queries: int) -> None:
 @pytest.mark.parametrize("cached", [1, 16, 31, 64, 97])
 def test_cached_prefix(backend: Backend, cached: int) -> None:
     check(backend, SHAPES[1], [(21, cached)], torch.float32)
+
+
+@pytest.mark.parametrize("factor", [30.0, 200.0])
+@pytest.mark.parametrize("tokens", [(0,), (40,), (33, 70)], ids=str)
+def test_scores_that_jump(backend: Backend, tokens: tuple[int, ...], factor: float) -> None:
+    check(backend, SHAPES[1], [(13, 70)], torch.float32, large_keys=dict.fromkeys(tokens, factor))
 
 
 def test_sequence_without_queries(backend: Backend) -> None:

@@ -61,7 +61,7 @@ def test_tiles_share_the_largest_power_of_two_in_a_group(
 
 @pytest.mark.parametrize(
     ("head_dim", "most_spills"),
-    [(64, 0), (96, 0), (128, 0), (256, 64)],  # 256: scalars of the set-up; a tile would be hundreds
+    [(64, 128), (96, 128), (128, 128), (256, 160)],  # scalars; tiles would be hundreds in every loop
 )
 def test_compiles_to_wgmma_and_tma(head_dim: int, most_spills: int) -> None:
     program = [sys.executable, "-m", "tests.numerics.prefill_assembly", str(head_dim), "8", "2", "128"]
@@ -106,6 +106,32 @@ def test_whole_prompts_around_the_edges_of_tiles(backend: Backend, queries: int)
 @pytest.mark.usefixtures("on_hopper")
 def test_cached_prefixes(backend: Backend, cached: int) -> None:
     check(backend, SHAPES[0], [(70, cached), (128, cached)], torch.float16)
+
+
+# Weights of the tiles between two looks at the largest score may be beyond any float: the first and the last
+# of those tiles, both, where the looks are, and before any.
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [10.0, 3000.0])
+@pytest.mark.parametrize("tokens", [(0,), (130,), (300,), (2300,), (2310, 2500), (600, 4700)], ids=str)
+@pytest.mark.usefixtures("on_hopper")
+def test_scores_that_jump_beyond_what_a_float_holds(
+    backend: Backend, tokens: tuple[int, ...], factor: float
+) -> None:
+    check(backend, SHAPES[0], [(17, 5000)], torch.bfloat16, large_keys=dict.fromkeys(tokens, factor))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+def test_scores_that_jump_in_float16(backend: Backend) -> None:
+    check(backend, SHAPES[0], [(17, 5000)], torch.float16, large_keys={300: 10.0, 2500: 100.0})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 3, 300])  # programs with a tile, with two and more
+@pytest.mark.usefixtures("on_hopper")
+def test_tiles_that_are_computed_again_between_others(backend: Backend, queries: int) -> None:
+    large = {700: 100.0, 2200: 300.0, 2461: 3000.0}
+    check(backend, SHAPES[3], [(queries, 2400), (2, 50), (queries, 2400)], torch.bfloat16, large_keys=large)
 
 
 @pytest.mark.gpu
