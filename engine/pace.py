@@ -17,14 +17,14 @@ _TOKENS_OF_A_READ = 256
 # Prompt tokens a step takes at least. Fewer would leave it waiting for weights; and it is the longest piece
 # that an 8B model has a CUDA graph for.
 _LEAST = 2 * _TOKENS_OF_A_READ
-# Prompt tokens that a device computes as fast as any more of them: beside two decodes at 118,000 tokens of
-# context two steps of 4,095 took 0.87 s, as much as one of 8,190 (H100, 8B model).
-_ENOUGH = 4096
+# Prompt tokens that a device computes as fast as any more of them: products of 1,024, 2,048, 4,096 and 8,192
+# rows ran at 651, 660, 663 and 670 TFLOP/s, attention over 64,000 tokens at 607, 611, 613 and 615 (H200, 8B
+# model).
+_ENOUGH = 2048
 # Seconds that a step beside decodes is worth, whatever pace they are promised. After longer ones, decodes
 # that could have gone on are left over when no prompt shares the read of the weights any more: beside six
-# prompts of 126,000 tokens steps of half a second left 196 steps of decodes alone, steps of 4,096 tokens 127.
-# But 4,096 tokens of short prompts take 80 ms, and there a step's own cost counts: 256 requests of 512 + 256
-# lost 1 %.
+# prompts of 126,000 tokens steps of 4,096 left 251 steps of decodes alone (H200). But 4,096 tokens of short
+# prompts take 80 ms, and there a step's own cost counts: 256 requests of 512 + 256 lost 1 % by such a limit.
 _LONG_S = 0.2
 _SHARE_OF_FIRST = 4  # a prompt by itself is spread over a quarter of the steps
 _AIM = 0.75  # of the time to the first token that is promised: the rest is for what nobody foresees

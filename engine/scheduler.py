@@ -159,6 +159,8 @@ class Scheduler:
         if plan.has_staged:
             self._free_seats.pop()
             sampling.append(self.staging.launched())
+        if self.turns.parked and self.step_times.is_fitted:
+            self.turns.launched(self.step_times.predict(StepWork.of(plan)))
         return sampling
 
     def commit(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenDelta | None:

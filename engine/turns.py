@@ -54,6 +54,7 @@ class Turns:
         self._step_s = 0.0
         self._last_s: float | None = None
         self._last_step_s = 0.0
+        self._in_flight_s = math.inf
         self._feedback = Feedback(config)
         self._governor = Governor()
         self.nobody_yields = False
@@ -125,6 +126,12 @@ class Turns:
             decision = self._feedback.step(late > _LATE * len(promised), first_token_late)
             if decision is not None:
                 self.decisions[decision] += 1
+
+    def launched(self, predicted_s: float) -> None:
+        """A step has been launched that will take so long. The last one says nothing about it where a long
+        prompt ends and the next begins: 0.57 s, then 0.11, which 0.28 of mapping held up (H200, 8B model).
+        """
+        self._in_flight_s = predicted_s
 
     def settle(self) -> list[Sequence]:
         """Sequences that are on the device again or still, or that could not be brought back (`is_lost`)."""
@@ -277,7 +284,7 @@ class Turns:
         return any(self._come_back(seq, 0, is_alone=True) for seq in order)
 
     def _come_back(self, seq: Sequence, num_reserved: int, is_alone: bool = False) -> bool:
-        step_s = math.inf if is_alone else self._last_step_s
+        step_s = math.inf if is_alone else min(self._last_step_s, self._in_flight_s)
         if not self._parking.bring_back(seq.backing, num_reserved, is_alone, step_s):
             return False
         self._returning = seq

@@ -241,6 +241,28 @@ def test_one_leaves_for_the_next_at_a_time() -> None:
     assert stage.victims() == {}, "another is coming"
 
 
+def test_memory_for_a_return_is_mapped_beside_the_step_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not beside the last, which may have been the end of a long prompt where another begins now."""
+    stage = Stage()
+    running, parked = stage.runs("running"), stage.runs("parked")
+    stage.park(parked)
+    asked: list[float] = []
+
+    def bring_back(backing: object, num_reserved: int, is_alone: bool, step_s: float) -> bool:
+        asked.append(step_s)
+        return False
+
+    monkeypatch.setattr(stage.yard.parking, "bring_back", bring_back)
+    for now_s in (0.0, 0.5):
+        stage.turns.tick(now_s, [running], True, False)
+    for predicted_s in (0.1, 2.0):
+        stage.turns.launched(predicted_s)
+        stage.brings_back()
+    assert asked == [0.1, 0.5]
+    stage.turns.bring_back_any(0.5)
+    assert asked[-1] == math.inf, "nothing is in flight"
+
+
 def test_nobody_leaves_for_one_that_has_room() -> None:
     stage = Stage()
     stage.park(stage.runs("parked", outputs=10))
