@@ -30,15 +30,23 @@ class RequestSlo:
     Attributes:
         ttft_s: from its arrival to its first token.
         tpot_s: from a token to the next, on average.
+        unpaced: tokens are wanted as soon as they exist, also ahead of that.
     """
 
     ttft_s: float | None
     tpot_s: float | None
+    unpaced: bool
 
 
 def read_slo(headers: Headers) -> RequestSlo:
-    """The objectives a request brings, in the headers that llm-d and the Kubernetes inference gateway use."""
-    return RequestSlo(_read_ms(headers, "x-slo-ttft-ms"), _read_ms(headers, "x-slo-tpot-ms"))
+    """The objectives a request brings, in the headers that llm-d and the Kubernetes inference gateway use;
+    in `x-slo-deposit` whether tokens ahead of them may be held back.
+    """
+    return RequestSlo(
+        _read_ms(headers, "x-slo-ttft-ms"),
+        _read_ms(headers, "x-slo-tpot-ms"),
+        not _read_switch(headers, "x-slo-deposit"),
+    )
 
 
 def read_stop(value: Any) -> list[str]:
@@ -90,6 +98,14 @@ def _read_ms(headers: Headers, name: str) -> float | None:
     if not 0.0 < seconds < math.inf:
         raise RequestError(f"{name} must be a positive number of milliseconds, not {value[:64]!r}", name)
     return seconds
+
+
+def _read_switch(headers: Headers, name: str) -> bool:
+    """`on` or `off`; on without such a header."""
+    value = ", ".join(headers.getlist(name) or ["on"]).strip().lower()
+    if value not in ("on", "off"):
+        raise RequestError(f"{name} must be on or off, not {value[:64]!r}", name)
+    return value == "on"
 
 
 def _message(value: Any, path: str) -> dict[str, str]:

@@ -219,6 +219,7 @@ def _engine_requests(call: _Call, body: GenerationBody, prompts: Sequence[TokenI
                     ttft_slo_s=call.slo.ttft_s,
                     tpot_slo_s=call.slo.tpot_s,
                     priority=body.priority,
+                    unpaced=call.slo.unpaced,
                 )
             )
     return requests

@@ -314,8 +314,9 @@ class Engine:
         except torch.OutOfMemoryError as error:
             self._give_up(plan, error)
             return
-        sampling = self._scheduler.launched(plan)
-        self._in_flight.append(_Launched(plan.step, sampling, tokens, StepWork.of(plan), self._clock()))
+        work = StepWork.of(plan)
+        sampling = self._scheduler.launched(plan, work)
+        self._in_flight.append(_Launched(plan.step, sampling, tokens, work, self._clock()))
 
     def _give_up(self, plan: StepPlan, error: Exception) -> None:
         """A step whose temporaries, outside the pool, did not fit: only the newest request pays.
@@ -351,7 +352,8 @@ class Engine:
             if one.error is None:
                 delta = self._scheduler.commit(seq, one.token_id, one.logprobs)
                 if delta is not None:
-                    deltas.append((delta, seq.due_s if holds_back else 0.0))
+                    is_paced = holds_back and not seq.request.unpaced
+                    deltas.append((delta, seq.due_s if is_paced else 0.0))
             elif self._scheduler.get(seq.request_id) is seq:
                 self._fail(seq, one.error)
         self._publish_all(deltas)

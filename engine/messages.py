@@ -98,6 +98,7 @@ class GenerateRequest:
         cache_salt: prefixes are shared between requests of the same salt only.
         ttft_slo_s, tpot_slo_s: what this client is promised, in seconds; None is the model's own.
         priority: smaller is sooner (vLLM's field); one step is worth ten seconds of waiting.
+        unpaced: its tokens are handed out as soon as they exist, also those ahead of the pace it is promised.
     """
 
     request_id: str
@@ -107,6 +108,7 @@ class GenerateRequest:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     priority: int = 0
+    unpaced: bool = False
 
 
 PENDING_TOKEN = -1

@@ -136,7 +136,7 @@ class Scheduler:
         self._num_steps += 1
         return draft.plan(self._num_steps), draft.growth
 
-    def launched(self, plan: StepPlan) -> list[Sequence]:
+    def launched(self, plan: StepPlan, work: StepWork) -> list[Sequence]:
         """Count a step that has been launched as done; the sequences it chooses tokens for, in its order.
 
         The next step may be scheduled on top of it before the host has read a single token.
@@ -159,8 +159,7 @@ class Scheduler:
         if plan.has_staged:
             self._free_seats.pop()
             sampling.append(self.staging.launched())
-        if self.turns.parked and self.step_times.is_fitted:
-            self.turns.launched(self.step_times.predict(StepWork.of(plan)))
+        self.turns.launched(self.step_times.predict(work))
         return sampling
 
     def commit(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenDelta | None:

@@ -16,6 +16,7 @@ BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": "org/tiny", "prompt": "hi"},
 }
 TTFT, TPOT = "x-slo-ttft-ms", "x-slo-tpot-ms"
+DEPOSIT = "x-slo-deposit"
 Headers = dict[str, str] | list[tuple[str, str]]
 
 
@@ -78,6 +79,26 @@ def test_other_objectives_are_refused_by_name(path: str, name: str, value: str) 
     assert len(error["message"]) < 200
     assert model.requests == []
     assert observer.events == [("rejected", "org/tiny", 400)]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize(("value", "unpaced"), [(None, False), ("on", False), ("off", True), (" OFF ", True)])
+def test_tokens_may_be_wanted_as_soon_as_they_exist(path: str, value: str | None, unpaced: bool) -> None:
+    model = FakeModel()
+    assert post(model, path, {} if value is None else {DEPOSIT: value}, n=2).status_code == 200
+    assert [request.unpaced for request in model.requests] == [unpaced] * 2
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "on, off", "x" * 200])
+def test_another_word_for_that_is_refused(value: str) -> None:
+    model = FakeModel()
+    response = post(model, COMPLETIONS, {DEPOSIT: value})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == DEPOSIT
+    assert f"{DEPOSIT} must be on or off" in error["message"]
+    assert len(error["message"]) < 200
+    assert model.requests == []
 
 
 def test_an_objective_sent_twice_is_refused() -> None:

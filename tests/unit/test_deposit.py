@@ -155,12 +155,13 @@ def test_an_engine_that_stops_hands_out_what_it_held() -> None:
     assert collected["a"] == said("a", 1, end="error")
 
 
-def crowded_run(deposit: bool) -> list[int]:
+def crowded_run(deposit: bool, unpaced: bool = False) -> list[int]:
     """Eight requests that take turns; the tokens held back after each step."""
     limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, turn_tokens=2, deposit=deposit)
     bench = Bench(50, MemoryConfig(), limits, balloon_chunks=400)
     filled(bench.balloon)
-    requests = [replace(ask(f"r{at}", 20 + 7 * at, 90), tpot_slo_s=0.02, ttft_slo_s=0.01) for at in range(8)]
+    wishes = {"tpot_slo_s": 0.02, "ttft_slo_s": 0.01, "unpaced": unpaced}
+    requests = [replace(ask(f"r{at}", 20 + 7 * at, 90), **wishes) for at in range(8)]
     for request in requests:
         bench.engine.submit(request)
     held, num_parked = [], 0
@@ -186,6 +187,11 @@ def test_while_sequences_take_turns_tokens_are_held_back_but_for_the_first() -> 
 @pytest.mark.usefixtures("steps_ahead")
 def test_without_a_deposit_nothing_is_ever_held() -> None:
     assert max(crowded_run(deposit=False)) == 0
+
+
+@pytest.mark.usefixtures("steps_ahead")
+def test_who_wants_tokens_as_soon_as_they_exist_gets_them() -> None:
+    assert max(crowded_run(deposit=True, unpaced=True)) == 0
 
 
 def test_an_id_that_is_used_again_inherits_no_due_time() -> None:
