@@ -59,11 +59,10 @@ def test_tiles_share_the_largest_power_of_two_in_a_group(
     assert (variant.heads, variant.slots) == (heads, slots)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "most_spills"),
-    [(64, 128), (96, 128), (128, 128), (256, 160)],  # scalars; tiles would be hundreds in every loop
-)
-def test_compiles_to_wgmma_and_tma(head_dim: int, most_spills: int) -> None:
+# Some scalars are spilled. A consumer's scores or weights would be 32 stores or more, its accumulator of 256
+# dims 128.
+@pytest.mark.parametrize(("head_dim", "most_stores"), [(64, 31), (96, 31), (128, 31), (256, 63)])
+def test_compiles_to_wgmma_and_tma(head_dim: int, most_stores: int) -> None:
     program = [sys.executable, "-m", "tests.numerics.prefill_assembly", str(head_dim), "8", "2", "128"]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=240)
@@ -71,7 +70,7 @@ def test_compiles_to_wgmma_and_tma(head_dim: int, most_spills: int) -> None:
     counts = json.loads(run.stdout)
     assert counts["HGMMA"] > 0
     assert counts["UTMALDG"] > 0
-    assert counts["LDL"] + counts["STL"] <= most_spills, counts
+    assert counts["STL"] <= most_stores, counts
 
 
 @pytest.mark.gpu
