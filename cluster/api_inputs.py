@@ -90,10 +90,9 @@ def read_messages(value: Any) -> list[dict[str, str]]:
 
 def _read_ms(headers: Headers, name: str) -> float | None:
     """Milliseconds as seconds; None without such a header."""
-    given = headers.getlist(name)
-    if not given:
+    value = _sent(headers, name)
+    if value is None:
         return None
-    value = ", ".join(given).strip()  # sent twice it is a list, as proxies write it, and no number
     seconds = float(value) / 1000 if _NUMBER.fullmatch(value) else 0.0
     if not 0.0 < seconds < math.inf:
         raise RequestError(f"{name} must be a positive number of milliseconds, not {value[:64]!r}", name)
@@ -102,10 +101,16 @@ def _read_ms(headers: Headers, name: str) -> float | None:
 
 def _read_switch(headers: Headers, name: str) -> bool:
     """`on` or `off`; on without such a header."""
-    value = ", ".join(headers.getlist(name) or ["on"]).strip().lower()
-    if value not in ("on", "off"):
+    value = _sent(headers, name)
+    if value is not None and value.lower() not in ("on", "off"):
         raise RequestError(f"{name} must be on or off, not {value[:64]!r}", name)
-    return value == "on"
+    return value is None or value.lower() == "on"
+
+
+def _sent(headers: Headers, name: str) -> str | None:
+    """A header's value. Sent twice it is a list, as proxies write it: no number and no word."""
+    given = headers.getlist(name)
+    return ", ".join(given).strip() if given else None
 
 
 def _message(value: Any, path: str) -> dict[str, str]:

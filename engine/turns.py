@@ -128,8 +128,9 @@ class Turns:
                 self.decisions[decision] += 1
 
     def launched(self, predicted_s: float) -> None:
-        """A step has been launched that will take so long. The last one says nothing about it where a long
-        prompt ends and the next begins: 0.57 s, then 0.11, which 0.28 of mapping held up (H200, 8B model).
+        """A step has been launched that will take so long, by prediction. The last one says nothing about it
+        where a long prompt ends and the next begins: 0.57 s, then 0.11, which 0.28 of mapping held up (H200,
+        8B model).
         """
         self._in_flight_s = predicted_s
 

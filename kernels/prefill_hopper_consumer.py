@@ -5,7 +5,7 @@ is under way. The two issue products in turn, so that one's softmax lies beside 
 
 What limits a long prompt is energy: the card draws all the power it may, and lowers its clock until the
 tensor cores are busy for three quarters of the time. So what the softmax does counts whether or not it is
-hidden, and looking for each row's largest score is a tenth of it. But a weight is a float, and needs a
+hidden, and looking for each row's largest score costs 5 % of the whole. But a weight is a float, and needs a
 reference near that score, not the score itself. Only one tile in TILES_PER_LOOK is looked at; weights of the
 others refer to the largest score before, and are above 1 where theirs is larger. A jump that a float cannot
 hold shows in the sums in the end: then the consumer's verdict is that the tile of queries has to be computed

@@ -71,6 +71,7 @@ def test_compiles_to_wgmma_and_tma(head_dim: int, most_stores: int) -> None:
     assert counts["HGMMA"] > 0
     assert counts["UTMALDG"] > 0
     assert counts["STL"] <= most_stores, counts
+    assert counts["LDL"] <= 100, counts
 
 
 @pytest.mark.gpu
