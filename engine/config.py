@@ -223,6 +223,7 @@ class EngineConfig:
         num_threads: CPU threads of torch; None leaves torch's own choice.
         enforce_eager: launch every kernel from Python instead of replaying CUDA graphs. Slower; shows
             in a profile or a stack trace where something happens.
+        tensor_parallel_size: devices that hold one copy of the model together.
     """
 
     model: ModelSource
@@ -233,3 +234,8 @@ class EngineConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1:
+            raise ConfigError(f"tensor_parallel_size must be at least 1, not {self.tensor_parallel_size}")

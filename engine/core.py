@@ -342,6 +342,7 @@ class Engine:
             now_s = self._clock()
             self._scheduler.observe(launched.work, now_s - max(launched.launched_s, self._done_s))
             self._done_s = now_s
+            self._runner.finished(launched.step)
             self._pool.finished(launched.step)
             self._num_steps += 1
             self._commit(launched.sequences, results)

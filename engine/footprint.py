@@ -17,10 +17,14 @@ class Footprint:
 
     Make it before anything of the engine is on the device. What another process takes during the start
     is counted as ours; later it is not.
+
+    Args:
+        release_others: has the other ranks of a TP group give back what their libraries keep.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, release_others: Callable[[], None] | None = None) -> None:
         self._device = device
+        self._release_others = release_others
         self._is_cuda = device.type == "cuda"
         self._free_at_start = self._free()
         self._weight_bytes = 0
@@ -52,6 +56,8 @@ class Footprint:
 
     def release_unused(self) -> None:
         """Give back what torch keeps for later."""
+        if self._release_others is not None:
+            self._release_others()
         if self._is_cuda:
             torch.cuda.empty_cache()
             self._look()

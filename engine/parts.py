@@ -25,6 +25,9 @@ class Runner(Protocol):
     def synchronize(self) -> None:
         """Wait until the device has finished everything that `run` started."""
 
+    def finished(self, step: int) -> None:
+        """The tokens of that step have been read, so it and those before it have ended."""
+
 
 class PendingTokens(Protocol):
     """Tokens on their way from the device."""

@@ -19,7 +19,8 @@ from engine.memory.arena import BufferSpec
 from engine.memory.balloon import Balloon
 from engine.memory.copies import Copies, Direction, ThreadCopies, Ticket
 from engine.memory.host_vmm import HostVirtualMemory
-from engine.memory.kv_cache import KvCache, KvGeometry
+from engine.memory.kv_cache import KvCache
+from engine.memory.kv_geometry import KvGeometry
 from engine.memory.layer_wise import Offload
 from engine.memory.pool import MemoryPool
 from engine.memory.slabs import PlainSlabs
@@ -109,6 +110,9 @@ class PatternRunner:
         return torch.zeros(plan.num_rows, VOCAB)
 
     def synchronize(self) -> None:
+        pass
+
+    def finished(self, step: int) -> None:
         pass
 
     def _tell(self, piece: Piece) -> list[int]:

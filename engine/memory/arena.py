@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -74,6 +74,41 @@ def _layout(specs: Sequence[BufferSpec], num_tokens: int, num_rows: int) -> Iter
             ends[spec.stage] = offset + spec.nbytes(num_tokens, num_rows)
 
 
+class StepBuffers:
+    """The buffers of steps over one range of memory, each at its planned offset.
+
+    Args:
+        specs: the model's buffers.
+        memory: the range, as uint8; called once, when the first step is cut.
+    """
+
+    def __init__(self, specs: Sequence[BufferSpec], memory: Callable[[], torch.Tensor]) -> None:
+        self._specs = tuple(specs)
+        self._memory = memory
+        self._bytes: torch.Tensor | None = None
+        self._newest: tuple[tuple[int, int], dict[str, torch.Tensor]] | None = None
+
+    def buffers(self, num_tokens: int, num_rows: int) -> Mapping[str, torch.Tensor]:
+        """The buffers of a step that has been reserved, each (tokens or rows, width).
+
+        Content is undefined. The same size gives the same addresses, always.
+        """
+        size = (num_tokens, num_rows)
+        if self._newest is None or self._newest[0] != size:
+            self._newest = (
+                size,
+                {spec.name: self._cut(spec, offset, size) for spec, offset in _layout(self._specs, *size)},
+            )
+        return self._newest[1]
+
+    def _cut(self, spec: BufferSpec, offset: int, size: tuple[int, int]) -> torch.Tensor:
+        if self._bytes is None:
+            self._bytes = self._memory()
+        count = spec.count(*size)
+        nbytes = count * spec.width * spec.dtype.itemsize
+        return self._bytes[offset : offset + nbytes].view(spec.dtype).view(count, spec.width)
+
+
 class ActivationArena:
     """A virtual tensor cut into the buffers of a step.
 
@@ -85,6 +120,7 @@ class ActivationArena:
 
     Attributes:
         chunks_for: (tokens, rows of logits) -> chunks a step of that size needs.
+        buffers: `StepBuffers.buffers` over the arena.
     """
 
     def __init__(
@@ -103,8 +139,7 @@ class ActivationArena:
         self.chunks_for = lru_cache(maxsize=4096)(self._count_chunks)
         self.max_chunks = max(1, self.chunks_for(max_tokens, max_rows))
         self.tensor = VirtualTensor(chunks, self.max_chunks, "activation")
-        self._bytes: torch.Tensor | None = None
-        self._newest: tuple[tuple[int, int], dict[str, torch.Tensor]] | None = None
+        self.buffers = StepBuffers(specs, partial(self.tensor.view, torch.uint8)).buffers
         self._uses: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_STEPS)
 
     @property
@@ -129,19 +164,6 @@ class ActivationArena:
         last = max((step for step, used in self._uses if used > num_chunks), default=0)
         self.tensor.drop(range(num_chunks, self.num_backed), last)
 
-    def buffers(self, num_tokens: int, num_rows: int) -> Mapping[str, torch.Tensor]:
-        """The buffers of a step that has been reserved, each (tokens or rows, width).
-
-        Content is undefined. The same size gives the same addresses, always.
-        """
-        size = (num_tokens, num_rows)
-        if self._newest is None or self._newest[0] != size:
-            self._newest = (
-                size,
-                {spec.name: self._cut(spec, offset, size) for spec, offset in _layout(self._specs, *size)},
-            )
-        return self._newest[1]
-
     def _count_chunks(self, num_tokens: int, num_rows: int) -> int:
         size = self._padded(num_tokens), self._padded(num_rows)
         return -(-activation_bytes(self._specs, *size) // self._chunk_bytes)
@@ -149,10 +171,3 @@ class ActivationArena:
     def _padded(self, count: int) -> int:
         at = bisect_left(self._padded_sizes, count)
         return self._padded_sizes[at] if count and at < len(self._padded_sizes) else count
-
-    def _cut(self, spec: BufferSpec, offset: int, size: tuple[int, int]) -> torch.Tensor:
-        if self._bytes is None:
-            self._bytes = self.tensor.view(torch.uint8)
-        count = spec.count(*size)
-        nbytes = count * spec.width * spec.dtype.itemsize
-        return self._bytes[offset : offset + nbytes].view(spec.dtype).view(count, spec.width)

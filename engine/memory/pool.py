@@ -25,7 +25,8 @@ from engine.memory.chunks import ChunkPool
 from engine.memory.copies import Copies, Direction
 from engine.memory.host_prefixes import HostPrefixes
 from engine.memory.host_rows import HostRows
-from engine.memory.kv_cache import KvCache, KvGeometry
+from engine.memory.kv_cache import KvCache
+from engine.memory.kv_geometry import KvGeometry
 from engine.memory.kv_slots import KvSlots
 from engine.memory.layer_wise import LayerWise
 from engine.memory.parking import Parking

@@ -20,6 +20,7 @@ from engine.errors import ModelLoadError
 from engine.model.architecture import ModelConfig
 from engine.model.config import SourceKind, source_kind
 from engine.model.gguf_file import GgufFile
+from engine.model.shard import Span
 
 _INDEX = "model.safetensors.index.json"
 _DUMMY_STD = 0.02
@@ -28,8 +29,11 @@ _DUMMY_STD = 0.02
 class Checkpoint(Protocol):
     """A source of tensors."""
 
-    def fill(self, name: str, out: torch.Tensor) -> None:
+    def fill(self, name: str, out: torch.Tensor, span: Span | None = None, dim: int = 0) -> None:
         """Write the tensor `name` into `out`, converting its type.
+
+        Args:
+            span: the part of the tensor, along `dim`, that `out` is to have; None is all of it.
 
         Raises:
             ModelLoadError: there is none, or its shape is another.
@@ -80,11 +84,15 @@ class DummyCheckpoint:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._generator = torch.Generator(device).manual_seed(seed)
 
-    def fill(self, name: str, out: torch.Tensor) -> None:
+    def fill(self, name: str, out: torch.Tensor, span: Span | None = None, dim: int = 0) -> None:
         if name.endswith("norm.weight"):
             out.fill_(1.0)
-        else:
-            out.normal_(0.0, _DUMMY_STD, generator=self._generator)
+            return
+        # A part is drawn as a part of the whole, so that the ranks of a group have one model.
+        whole = out if span is None else out.new_empty(_whole_shape(out, span, dim))
+        whole.normal_(0.0, _DUMMY_STD, generator=self._generator)
+        if span is not None:
+            _put(whole.narrow(dim, min(span.begin, span.whole), span.count), out, span, dim)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -110,14 +118,16 @@ class SafetensorsCheckpoint:
             self._files.update(dict.fromkeys(file.keys(), file))
         self._left = set(self._files)
 
-    def fill(self, name: str, out: torch.Tensor) -> None:
+    def fill(self, name: str, out: torch.Tensor, span: Span | None = None, dim: int = 0) -> None:
         if name not in self._files:
             raise ModelLoadError(f"tensor {name} is missing from {self._directory}")
-        tensor = self._files[name].get_tensor(name)
-        _check_shape(name, tuple(tensor.shape), out, self._directory)
+        stored = self._files[name].get_slice(name)  # only what is asked for is read
+        shape = out.shape if span is None else _whole_shape(out, span, dim)
+        _check_shape(name, tuple(stored.get_shape()), tuple(shape), self._directory)
+        tensor = stored[_part(span, dim)]
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ModelLoadError(f"tensor {name} of {self._directory} is {tensor.dtype}, a quantised type")
-        out.copy_(tensor)
+        _put(tensor, out, span, dim)
         self._left.discard(name)
 
     def close(self) -> None:
@@ -182,17 +192,18 @@ class GgufCheckpoint:
         self._is_interleaved = file.metadata.get("general.architecture") == "llama"
         self._left = set(file.tensors) - {"rope_freqs.weight"}
 
-    def fill(self, name: str, out: torch.Tensor) -> None:
+    def fill(self, name: str, out: torch.Tensor, span: Span | None = None, dim: int = 0) -> None:
         stored = _gguf_name(name)
         if stored not in self._file.tensors:
             raise ModelLoadError(f"tensor {stored} ({name}) is missing from {self._file.path}")
-        _check_shape(name, self._file.tensors[stored].shape, out, self._file.path)
+        shape = out.shape if span is None else _whole_shape(out, span, dim)
+        _check_shape(name, self._file.tensors[stored].shape, tuple(shape), self._file.path)
         values = self._file.read(stored)
         if self._is_interleaved and ".attn_q." in stored:
             values = _deinterleave(values, self._config.num_heads)
         if self._is_interleaved and ".attn_k." in stored:
             values = _deinterleave(values, self._config.num_kv_heads)
-        out.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        _put(torch.from_numpy(np.ascontiguousarray(values[_part(span, dim)])), out, span, dim)
         self._left.discard(stored)
 
     def close(self) -> None:
@@ -213,10 +224,34 @@ def _deinterleave(values: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[An
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _check_shape(name: str, found: tuple[int, ...], out: torch.Tensor, where: Path) -> None:
-    if found != tuple(out.shape):
+def _whole_shape(out: torch.Tensor, span: Span, dim: int) -> list[int]:
+    """Shape of the tensor of which `out` is to have a part."""
+    shape = list(out.shape)
+    shape[dim] = span.whole
+    return shape
+
+
+def _part(span: Span | None, dim: int) -> tuple[slice, ...]:
+    """What to read of a tensor."""
+    if span is None:
+        return (slice(None),)
+    begin = min(span.begin, span.whole)  # a rank may have nothing of it
+    return (*[slice(None)] * dim, slice(begin, begin + span.count))
+
+
+def _put(part: torch.Tensor, out: torch.Tensor, span: Span | None, dim: int) -> None:
+    """Write what was read of a tensor, and zeros behind it."""
+    if span is None:
+        out.copy_(part)
+        return
+    out.narrow(dim, 0, span.count).copy_(part)
+    out.narrow(dim, span.count, span.size - span.count).zero_()
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: Path) -> None:
+    if found != wanted:
         raise ModelLoadError(
-            f"tensor {name} of {where} has shape {found}, but its configuration asks for {tuple(out.shape)}"
+            f"tensor {name} of {where} has shape {found}, but its configuration asks for {wanted}"
         )
 
 

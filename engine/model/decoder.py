@@ -12,8 +12,9 @@ from typing import Protocol
 
 import torch
 
-from engine.model.architecture import ModelConfig
+from engine.model.rank_group import RankGroup
 from engine.model.rope import rope_tables
+from engine.model.shard import Shard
 from engine.model.weights import LayerWeights, Weights
 from kernels.backend import Kernels
 
@@ -87,18 +88,30 @@ class LayerHook(Protocol):
 
 
 class Decoder:
-    """A decoder-only transformer.
+    """A decoder-only transformer, or one rank's share of it.
 
     Args:
+        shard: what of the model `weights` are.
         weights: on the device the decoder is to run on.
         kernels: the implementation for that device.
         max_positions: positions to prepare rotations for; None is the model's own limit.
+        ranks: those that have the rest of the model.
+
+    Attributes:
+        config: the architecture of the share.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, kernels: Kernels, max_positions: int | None = None
+        self,
+        shard: Shard,
+        weights: Weights,
+        kernels: Kernels,
+        max_positions: int | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = shard.local
+        self._tokens = shard.tokens
+        self._ranks = ranks
         self._weights = weights
         self._kernels = kernels
         self._scale = config.head_dim**-0.5
@@ -132,7 +145,7 @@ class Decoder:
         views = self._views(buffers)
         if batch.num_decodes:
             kernels.decode_plan(kv_layers[0], batch.decode_context_lens, views.workspace)
-        torch.index_select(self._weights.embedding, 0, batch.input_ids, out=views.residual)
+        self._embed(batch.input_ids, views.residual)
         kernels.rms_norm(views.residual, self._first_norm, eps, out=views.hidden)
         stack = zip(self._weights.layers, kv_layers, self._next_norms, strict=True)
         for number, (layer, kv, next_norm) in enumerate(stack):
@@ -144,12 +157,40 @@ class Decoder:
             kernels.add_rms_norm(views.hidden, views.residual, layer.mlp_norm, eps, out=views.hidden)
             layer.gate_up(views.hidden, views.gate_up)
             kernels.silu_and_mul(views.gate_up, out=views.activated)
-            layer.down(views.activated, views.hidden)
+            self._sum(layer.down(views.activated, views.hidden))
             kernels.add_rms_norm(views.hidden, views.residual, next_norm, eps, out=views.hidden)
         sampled = views.hidden
         if batch.sample_indices is not None:
             sampled = torch.index_select(views.hidden, 0, batch.sample_indices, out=buffers["sampled_hidden"])
-        return self._weights.lm_head(sampled, buffers["logits"])
+        if self._ranks is None:
+            return self._weights.lm_head(sampled, buffers["logits"])
+        self._weights.lm_head(sampled, buffers["logits_part"])
+        return self._join(self._ranks, buffers)
+
+    def _embed(self, input_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Look tokens up; each rank knows some of them, and the others' are zero there."""
+        if self._ranks is None:
+            torch.index_select(self._weights.embedding, 0, input_ids, out=out)
+            return
+        ids = input_ids - self._tokens.begin
+        is_known = (ids >= 0) & (ids < self._tokens.count)
+        torch.index_select(self._weights.embedding, 0, ids * is_known, out=out)
+        self._sum(out.mul_(is_known.unsqueeze(1)))
+
+    def _sum(self, out: torch.Tensor) -> None:
+        if self._ranks is not None:
+            self._ranks.sum(out)
+
+    def _join(self, ranks: RankGroup, buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The logits of all tokens from those of each rank's."""
+        part, logits = buffers["logits_part"], buffers["logits"]
+        parts = buffers["logits_parts"].view(ranks.size, *part.shape)
+        ranks.join(part, parts)
+        for rank, found in enumerate(parts):
+            begin = rank * self._tokens.size
+            columns = logits[:, begin : begin + self._tokens.size]
+            columns.copy_(found[:, : columns.shape[1]])
+        return logits
 
     def _attend(self, layer: LayerWeights, batch: Batch, kv: torch.Tensor, views: _Views) -> None:
         kernels, eps, split = self._kernels, self.config.rms_norm_eps, batch.num_decodes
@@ -193,7 +234,7 @@ class Decoder:
                 self._scale,
                 out=out[split:],
             )
-        layer.output(views.attention, views.hidden)
+        self._sum(layer.output(views.attention, views.hidden))
 
     def _views(self, buffers: Mapping[str, torch.Tensor]) -> _Views:
         config = self.config

@@ -62,8 +62,27 @@ class Counts:
         return self.sequences - self.decodes + 1
 
 
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """What is known of a step before its bytes are looked at: the same on every rank.
+
+    Attributes:
+        max_query_len: tokens of the longest piece of a prompt.
+        has_pending: some token is still only on the device of the first rank.
+    """
+
+    counts: Counts
+    max_query_len: int
+    has_pending: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the step's index tensors, packed."""
+        return _layout(self.counts)[1]
+
+
 class StepInputs:
-    """The staging of steps for one device.
+    """The staging of steps for one device: written or loaded, taken to the device, cut into a `Batch`.
 
     Args:
         device: where the batch goes. On a CPU nothing is copied.
@@ -91,31 +110,46 @@ class StepInputs:
         self._turn = 0
 
     def put(self, plan: StepPlan, shape: GraphShape | None = None) -> Batch:
-        """Take a plan to the device.
+        """Write a plan, take it to the device, and cut it.
 
         Args:
             shape: what to fill the plan up to. Padding reads and writes the guard row, and its results
                 mean nothing: rows of logits beyond the plan's own.
         """
+        layout = self.write(plan, shape)
+        self.upload(layout)
+        return self.batch(layout)
+
+    def write(self, plan: StepPlan, shape: GraphShape | None = None) -> StepLayout:
+        """Write a plan into pinned memory; `shape` as in `put`."""
         counts = _counts(plan, shape)
-        self._upload(plan, counts)
-        return self._batch(self._tensors(counts), plan, counts)
+        has_pending = self._write(_arrays(self._next_stage(), counts), plan, counts)
+        longest = max((len(piece.token_ids) for piece in plan.pieces[plan.num_decodes :]), default=0)
+        is_padded = counts.tokens > plan.num_tokens
+        return StepLayout(counts, counts.tokens - counts.decodes if is_padded else longest, has_pending)
 
-    def refill(self, plan: StepPlan, shape: GraphShape) -> None:
-        """Take a plan to where an earlier `put` of that shape has its batch."""
-        self._upload(plan, _counts(plan, shape))
+    def written(self, layout: StepLayout) -> memoryview:
+        """The bytes of the step that was written last, for other ranks to `load`."""
+        return self._stages[self._turn].numpy().data[: layout.nbytes]
 
-    def _upload(self, plan: StepPlan, counts: Counts) -> None:
+    def load(self, layout: StepLayout, packed: bytes) -> None:
+        """Take over the bytes of a step that another rank has written."""
+        self._next_stage().numpy()[: layout.nbytes] = np.frombuffer(packed, np.uint8)
+
+    def upload(self, layout: StepLayout) -> None:
+        """Take what was written or loaded to the device, where steps of the same counts have it."""
+        if self._device_bytes is not None:
+            stage = self._stages[self._turn]
+            source, target = stage[: layout.nbytes], self._device_bytes[: layout.nbytes]
+            self._kernels.copy_words(source.view(torch.int32), target.view(torch.int32))
+            self._copied[self._turn].record()
+
+    def _next_stage(self) -> torch.Tensor:
+        """Memory for the next step, once the one that had it is on the device."""
         self._turn = (self._turn + 1) % len(self._stages)
-        stage = self._stages[self._turn]
         if self._copied:
             self._copied[self._turn].synchronize()
-        self._write(_arrays(stage, counts), plan, counts)
-        if self._device_bytes is not None:
-            nbytes = _layout(counts)[1]
-            words = stage[:nbytes].view(torch.int32), self._device_bytes[:nbytes].view(torch.int32)
-            self._kernels.copy_words(*words)
-            self._copied[self._turn].record()
+        return self._stages[self._turn]
 
     def _tensors(self, counts: Counts) -> dict[str, torch.Tensor]:
         source = self._stages[self._turn] if self._device_bytes is None else self._device_bytes
@@ -125,7 +159,8 @@ class StepInputs:
             for name, dtype, of in _COLUMNS
         }
 
-    def _write(self, to: Columns, plan: StepPlan, counts: Counts) -> None:
+    def _write(self, to: Columns, plan: StepPlan, counts: Counts) -> bool:
+        """Fill the columns in; whether a token is pending."""
         decodes, prefills = plan.pieces[: plan.num_decodes], plan.pieces[plan.num_decodes :]
         if counts.tokens > plan.num_tokens or counts.sequences > len(plan.pieces):
             _write_padding(to)
@@ -133,6 +168,7 @@ class StepInputs:
         to["sample_indices"][: len(sampled)] = sampled
         # Not only where tokens or pieces are filled up: a piece that samples nothing leaves a row over.
         to["sample_indices"][len(sampled) :] = 0
+        return bool(to["is_pending"][: len(decodes)].any())
 
     def _write_decodes(self, to: Columns, pieces: Sequence[Piece]) -> list[int]:
         """Fill in the decodes; the tokens that sample."""
@@ -178,13 +214,12 @@ class StepInputs:
         else:
             to["shared_first_rows"][at : at + len(pieces)] = 0
 
-    @staticmethod
-    def _batch(tensors: dict[str, torch.Tensor], plan: StepPlan, counts: Counts) -> Batch:
-        decodes, prefills = counts.decodes, plan.pieces[plan.num_decodes :]
+    def batch(self, layout: StepLayout) -> Batch:
+        """The tensors of a step, views of what arrived."""
+        counts, tensors = layout.counts, self._tensors(layout.counts)
+        decodes = counts.decodes
         first_rows, context_lens = tensors["first_rows"], tensors["context_lens"]
         shared_rows, shared_lens = tensors["shared_first_rows"], tensors["shared_lens"]
-        is_padded = counts.tokens > plan.num_tokens
-        longest = max((len(piece.token_ids) for piece in prefills), default=0)
         return Batch(
             input_ids=tensors["input_ids"],
             pending_seats=tensors["pending_seats"],
@@ -201,7 +236,7 @@ class StepInputs:
             prefill_shared_first_rows=shared_rows[decodes:],
             prefill_shared_lens=shared_lens[decodes:],
             prefill_context_lens=context_lens[decodes:],
-            max_query_len=counts.tokens - decodes if is_padded else longest,
+            max_query_len=layout.max_query_len,
             sample_indices=None if counts.rows == counts.tokens else tensors["sample_indices"],
         )
 

@@ -10,6 +10,8 @@ from engine.config import EngineConfig, ModelSource
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig, SourceKind, load_model_config, source_kind
 from engine.model.decoder import Decoder
+from engine.model.rank_group import RankGroup
+from engine.model.shard import Shard
 from engine.model.weights import load_weights
 from kernels.backend import Kernels, for_device
 
@@ -19,16 +21,22 @@ class ModelFacts:
     """What is known of a model before its weights are there.
 
     Attributes:
+        shard: what this rank has of the model.
         kernels: the implementation for the device.
         dtype: of the weights, the activations and the KV cache.
         max_positions: positions to prepare for.
     """
 
-    config: ModelConfig
+    shard: Shard
     kernels: Kernels
     device: torch.device
     dtype: torch.dtype
     max_positions: int
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture of the whole model."""
+        return self.shard.config
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,34 +52,42 @@ class LoadedModel:
     weight_bytes: int
 
 
-def read_model(config: EngineConfig) -> ModelFacts:
+def read_model(config: EngineConfig, rank: int = 0) -> ModelFacts:
     """The facts of the model an engine is configured for. Sets torch's number of threads if configured.
+
+    Args:
+        rank: of the engine in its TP group.
 
     Raises:
         ModelLoadError: nothing readable is there, or the model is not supported.
-        ConfigError: there is no such device, or `max_model_len` is more than the model can do.
+        ConfigError: there is no such device, `max_model_len` is more than the model can do, or it has fewer
+            attention heads than the group has ranks.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = _device(config)
     model = load_model_config(config.model)
     dtype = _dtype(config.model, model, device)
-    return ModelFacts(model, for_device(device), device, dtype, _max_positions(config, model))
+    shard = Shard(model, rank, config.tensor_parallel_size)
+    return ModelFacts(shard, for_device(device), device, dtype, _max_positions(config, model))
 
 
-def load_model(config: EngineConfig, facts: ModelFacts | None = None) -> LoadedModel:
+def load_model(
+    config: EngineConfig, facts: ModelFacts | None = None, ranks: RankGroup | None = None
+) -> LoadedModel:
     """Load the model an engine is configured for.
 
     Args:
         facts: what `read_model` found; None reads them here.
+        ranks: the other ranks of the TP group, if there are any.
 
     Raises:
         ModelLoadError: the model cannot be loaded from its source.
         ConfigError: as `read_model`.
     """
     facts = facts or read_model(config)
-    weights = load_weights(config.model, facts.config, facts.device, facts.dtype)
-    decoder = Decoder(facts.config, weights, facts.kernels, facts.max_positions)
+    weights = load_weights(config.model, facts.shard, facts.device, facts.dtype)
+    decoder = Decoder(facts.shard, weights, facts.kernels, facts.max_positions, ranks)
     return LoadedModel(facts, decoder, weights.num_bytes)
 
 

@@ -7,15 +7,17 @@ longer than the kernels themselves (14 ms against 8 at 64 sequences).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from engine.messages import StepPlan
+from engine.messages import BlockCopy, StepPlan
 from engine.model.decoder import Batch, Decoder, LayerHook
 from engine.model.graphs import GraphShape, GraphShapes, Record
-from engine.model.inputs import StepInputs
+from engine.model.inputs import StepInputs, StepLayout
+from engine.model.rank_group import RankGroup
 from kernels.backend import for_device
 
 
@@ -38,6 +40,19 @@ class KvLayers(Protocol):
     def copy_rows(self, source: int, target: int) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A step whose index tensors are written: what every rank needs to start it.
+
+    Attributes:
+        shape: the CUDA graph to replay; None launches kernel by kernel.
+    """
+
+    layout: StepLayout
+    copies: tuple[BlockCopy, ...] = ()
+    shape: GraphShape | None = None
+
+
 class ModelRunner:
     """Runs plans on one device.
 
@@ -47,6 +62,10 @@ class ModelRunner:
         last_tokens: (seats or more,) int64 on the device, the newest token chosen for each seat. What a
             plan calls pending is read from here.
         max_tokens, max_sequences: the largest plan.
+        ranks: those that have the rest of the model.
+
+    Attributes:
+        inputs: the staging of steps.
     """
 
     def __init__(
@@ -58,30 +77,49 @@ class ModelRunner:
         last_tokens: torch.Tensor,
         max_tokens: int,
         max_sequences: int,
+        ranks: RankGroup | None = None,
     ) -> None:
+        self._ranks = ranks
         self._decoder = decoder
         self._arena = arena
         self._kv_cache = kv_cache
         self._device = device
         self._last_tokens = last_tokens
-        self._inputs = StepInputs(device, kv_cache, max_tokens, max_sequences, for_device(device))
+        self.inputs = StepInputs(device, kv_cache, max_tokens, max_sequences, for_device(device))
         self._gathered = torch.zeros(max_sequences, dtype=torch.int64, device=device)
         self._replays: dict[GraphShape, Callable[[], object]] = {}
         self._shapes = GraphShapes(())
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan, offload: LayerHook | None = None) -> torch.Tensor:
         """Start a step: logits (rows or more, vocab), first those of the pieces that sample, in the plan's
         order. On a GPU it returns before they are computed; they hold until the next call.
+
+        Args:
+            offload: is told of each layer as it is launched.
         """
-        for copy in plan.copies:
+        return self.launch(self.prepare(plan, offload is not None), offload)
+
+    def prepare(self, plan: StepPlan, has_hook: bool = False) -> Launch:
+        """Write a step's index tensors, and choose how it is launched; one with a hook is never a graph."""
+        shape = None if has_hook else self._shapes.fitting(plan)
+        if shape is not None and not self._arena.is_backed(shape.tokens, shape.rows):
+            shape = None
+        return Launch(self.inputs.write(plan, shape), plan.copies, shape)
+
+    @torch.inference_mode()
+    def launch(self, step: Launch, hook: LayerHook | None = None) -> torch.Tensor:
+        """Start the step that lies in `inputs`; as `run`."""
+        for copy in step.copies:
             self._kv_cache.copy_rows(copy.source_row, copy.target_row)
-        shape = self._shapes.fitting(plan) if offload is None else None  # a graph is one piece
-        if shape is None or not self._arena.is_backed(shape.tokens, shape.rows):
-            return self._forward(self._inputs.put(plan), plan.num_tokens, plan.num_rows, offload)
-        self._inputs.refill(plan, shape)
-        self._replays[shape]()
-        return self._arena.buffers(shape.tokens, shape.rows)["logits"]
+        self.inputs.upload(step.layout)
+        if step.shape is None:
+            counts, batch = step.layout.counts, self.inputs.batch(step.layout)
+            return self._forward(batch, counts.tokens, counts.rows, hook, step.layout.has_pending)
+        self._replays[step.shape]()
+        return self._arena.buffers(step.shape.tokens, step.shape.rows)["logits"]
+
+    def finished(self, step: int) -> None:
+        """Nothing here waits for that."""
 
     def synchronize(self) -> None:
         """Wait until the device has finished every step that `run` started."""
@@ -96,17 +134,24 @@ class ModelRunner:
         may change, since a graph knows addresses only.
         """
         for shape in shapes:
-            batch = self._inputs.put(StepPlan(0, (), 0), shape)
+            batch = self.inputs.put(StepPlan(0, (), 0), shape)
             self._replays[shape] = record(partial(self._forward, batch, shape.tokens, shape.rows))
         self._shapes = GraphShapes(self._replays)
 
     def _forward(
-        self, batch: Batch, num_tokens: int, num_rows: int, hook: LayerHook | None = None
+        self,
+        batch: Batch,
+        num_tokens: int,
+        num_rows: int,
+        hook: LayerHook | None = None,
+        has_pending: bool = True,
     ) -> torch.Tensor:
         count = batch.num_decodes
-        if count:
+        if count and has_pending:
             ids, gathered = batch.input_ids[:count], self._gathered[:count]
             torch.index_select(self._last_tokens, 0, batch.pending_seats, out=gathered)
             torch.where(batch.is_pending, gathered, ids, out=ids)
+            if self._ranks is not None:
+                self._ranks.spread(ids)  # tokens are chosen on the first rank
         buffers = self._arena.buffers(num_tokens, num_rows)
         return self._decoder.forward(batch, self._kv_cache.layer_views, buffers, hook)

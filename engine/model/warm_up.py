@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from engine.memory.kv_cache import KvGeometry
+from engine.memory.kv_geometry import KvGeometry
 from engine.model.buffers import activation_specs
 from engine.model.loader import ModelFacts
 from engine.model.sampler import Sampler
@@ -48,8 +48,8 @@ class _Tensors:
     """Zeros in the shapes of a step of two tokens."""
 
     def __init__(self, facts: ModelFacts, geometry: KvGeometry) -> None:
-        config, device = facts.config, facts.device
-        specs = activation_specs(config, facts.dtype, facts.kernels)
+        config, device = facts.shard.local, facts.device
+        specs = activation_specs(facts.shard, facts.dtype, facts.kernels)
         buffers = {
             spec.name: torch.zeros(
                 spec.count(_NUM_TOKENS, _NUM_TOKENS), spec.width, dtype=spec.dtype, device=device
@@ -101,7 +101,7 @@ def _run_small(facts: ModelFacts, t: _Tensors) -> None:
 @torch.inference_mode()
 def _run_products(facts: ModelFacts) -> None:
     """For each input width of a model's products; rows and outputs are plain arguments."""
-    config = facts.config
+    config = facts.shard.local
     for width, bias in (
         (config.hidden_size, config.attention_bias),
         (config.q_size, config.output_bias),

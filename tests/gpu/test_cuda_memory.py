@@ -13,7 +13,7 @@ import torch
 from engine.config import MemoryConfig, SchedulerConfig
 from engine.errors import ConfigError, DriverError
 from engine.memory import native
-from engine.memory.kv_cache import KvGeometry
+from engine.memory.kv_geometry import KvGeometry
 from engine.memory.vmm import Move, Moved, Outcome
 from engine.messages import GenerateRequest, SamplingParams
 from tests.failing_memory import Refusals

@@ -13,7 +13,7 @@ import torch
 
 from engine.config import MemoryConfig, Mode, SchedulerConfig
 from engine.memory.balloon import Balloon
-from engine.memory.kv_cache import KvGeometry
+from engine.memory.kv_geometry import KvGeometry
 from engine.memory.slabs import PinnedSlabs
 from tests.fakes import Bench
 from tests.gpu.device_pattern import DevicePatternRunner, DevicePatternSampler

@@ -68,7 +68,7 @@ def main(config_dir: str, gpu: str = "h100") -> None:
     kernels.checks.require_launchable = kernels.checks.require_reachable = lambda name, tensor: None
     # Imported only now: they take the checks above by name.
     from engine.config import EngineConfig, ModelSource
-    from engine.memory.kv_cache import KvGeometry
+    from engine.memory.kv_geometry import KvGeometry
     from engine.model import warm_up
     from engine.model.loader import ModelFacts, read_model
     from kernels import decode_plan, dependent_launch, kv_tile, sampling, triton_backend
@@ -79,7 +79,7 @@ def main(config_dir: str, gpu: str = "h100") -> None:
     sampling._part = lambda device: sampling._PART
     dependent_launch._capability = lambda device: divmod(GPUS[gpu][0], 10)
     found = read_model(EngineConfig(ModelSource("model", config_dir, load_format="dummy")))
-    facts = ModelFacts(found.config, triton_backend, torch.device("cpu"), torch.bfloat16, 256)
+    facts = ModelFacts(found.shard, triton_backend, torch.device("cpu"), torch.bfloat16, 256)
     config = facts.config
     geometry = KvGeometry.choose(config.num_layers, config.num_kv_heads, config.head_dim, 2, 2 << 20)
     for work in warm_up.works(facts, geometry):

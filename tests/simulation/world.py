@@ -15,7 +15,7 @@ from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConf
 from engine.core import Engine
 from engine.memory.arena import BufferSpec
 from engine.memory.balloon import Balloon
-from engine.memory.kv_cache import KvGeometry
+from engine.memory.kv_geometry import KvGeometry
 from engine.memory.layer_wise import Offload
 from engine.memory.pool import MemoryPool
 from engine.messages import EngineInfo, GenerateRequest, SamplingParams, StepPlan
@@ -91,6 +91,9 @@ class _Device:
 
     def synchronize(self) -> None:
         self._clock.advance_to(self.idle_at)
+
+    def finished(self, step: int) -> None:
+        pass
 
     def launch(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> _Tokens:
         return _Tokens(len(rows), self.idle_at, self._clock)

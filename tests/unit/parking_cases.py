@@ -14,7 +14,7 @@ from engine.memory.balloon import Balloon
 from engine.memory.blocks import Opened, TokenChain
 from engine.memory.copies import Direction
 from engine.memory.host_vmm import HostVirtualMemory
-from engine.memory.kv_cache import KvGeometry
+from engine.memory.kv_geometry import KvGeometry
 from engine.memory.parking import Parking
 from engine.memory.pool import MemoryPool
 from engine.memory.slabs import PlainSlabs, SlabMaker

@@ -106,7 +106,7 @@ class Model:
     def __init__(self, model: LoadedModel) -> None:
         facts = model.facts
         self._model = model
-        self.specs = activation_specs(facts.config, facts.dtype, facts.kernels)
+        self.specs = activation_specs(facts.shard, facts.dtype, facts.kernels)
         total = 2 + activation_bytes(self.specs, 2 * MAX_TOKENS, 2 * MAX_ROWS) // CHUNK
         self.chunks = ChunkPool(HostVirtualMemory(CHUNK, total), total)
         self.arena = ActivationArena(self.chunks, self.specs, 2 * MAX_TOKENS, 2 * MAX_ROWS)

@@ -11,7 +11,8 @@ from engine.errors import ConfigError
 from engine.memory.arena import ActivationArena, BufferSpec, activation_bytes
 from engine.memory.chunks import ChunkPool
 from engine.memory.host_vmm import HostVirtualMemory
-from engine.memory.kv_cache import KvCache, KvGeometry
+from engine.memory.kv_cache import KvCache
+from engine.memory.kv_geometry import KvGeometry
 
 MIB = 1 << 20
 

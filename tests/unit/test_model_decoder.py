@@ -38,7 +38,7 @@ def expected(reference: Any, tokens: list[int]) -> torch.Tensor:
 def runner_of(model: LoadedModel) -> ModelRunner:
     kv = ScrambledKv(model.facts.config, (2, 0, 3, 1), slot_tokens=64, tokens_per_row=TOKENS_PER_ROW)
     return make_runner(
-        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels), kv
+        model.decoder, activation_specs(model.facts.shard, model.facts.dtype, model.facts.kernels), kv
     )
 
 
@@ -92,7 +92,7 @@ def test_more_tokens_than_one_product_takes(tmp_path: Path) -> None:
     tokens = torch.randint(0, 199, (256,), generator=torch.Generator().manual_seed(5)).tolist()
     kv = ScrambledKv(model.facts.config, (1, 0), slot_tokens=256, tokens_per_row=32)
     runner = make_runner(
-        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels), kv
+        model.decoder, activation_specs(model.facts.shard, model.facts.dtype, model.facts.kernels), kv
     )
     logits = runner.run(plan(piece(0, tokens, 0, 256), piece(1, tokens, 0, 200)))
     wanted = expected(reference, tokens)
@@ -107,7 +107,7 @@ def test_half_precision_stays_near(tmp_path: Path, dtype: Any) -> None:
     kv = ScrambledKv(model.facts.config, (0,), slot_tokens=64, tokens_per_row=TOKENS_PER_ROW)
     kv.layer_views = tuple(view.to(model.facts.dtype) for view in kv.layer_views)
     runner = make_runner(
-        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels), kv
+        model.decoder, activation_specs(model.facts.shard, model.facts.dtype, model.facts.kernels), kv
     )
     logits = runner.run(plan(piece(0, tokens, 0, len(tokens))))
     assert logits.dtype == model.facts.dtype

@@ -52,7 +52,7 @@ def reference(demo_model_path: Path, model: LoadedModel) -> Any:
 def runner_of(model: LoadedModel) -> ModelRunner:
     kv = ScrambledKv(model.facts.config, (1, 0), slot_tokens=64, tokens_per_row=16)
     return make_runner(
-        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels), kv
+        model.decoder, activation_specs(model.facts.shard, model.facts.dtype, model.facts.kernels), kv
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.memory import ahead
-from engine.memory.kv_cache import KvGeometry
+from engine.memory.kv_geometry import KvGeometry
 from tests.fakes import CHUNK_BYTES, HeldTicket
 from tests.unit.parking_cases import GROUPS, IN, LONGEST, OUT, STAGES, Guest, T, Yard
 

@@ -11,7 +11,7 @@ import torch
 
 from engine.config import MemoryConfig, SchedulerConfig
 from engine.memory import ahead
-from engine.memory.kv_cache import KvGeometry
+from engine.memory.kv_geometry import KvGeometry
 from engine.messages import GenerateRequest, SamplingParams
 from tests.failing_memory import FailingVirtualMemory
 from tests.fakes import CHUNK_BYTES, Bench, HeldCopies, answer

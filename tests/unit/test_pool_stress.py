@@ -16,7 +16,7 @@ import torch
 
 from engine.config import Mode
 from engine.memory.blocks import Opened, TokenChain
-from engine.memory.kv_cache import KvGeometry
+from engine.memory.kv_geometry import KvGeometry
 from engine.memory.pool import MemoryPool
 from engine.memory.virtual_tensor import VirtualTensor
 from tests.failing_memory import FailingVirtualMemory

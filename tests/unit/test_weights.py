@@ -18,6 +18,7 @@ from engine.model.buffers import activation_specs
 from engine.model.config import load_model_config
 from engine.model.linear import Linear, OneDnnLinear, make_linear
 from engine.model.loader import load_model
+from engine.model.shard import Shard
 from engine.model.weights import Weights, load_weights
 from tests.unit.model_cases import ScrambledKv, make_runner, piece, plan, save_tiny, tiny_model
 
@@ -27,14 +28,14 @@ TOKENS = list(range(5, 35))
 
 def load(directory: Path, **options: Any) -> Weights:
     source = ModelSource("tiny", str(directory), **options)
-    return load_weights(source, load_model_config(source), CPU, torch.float32)
+    return load_weights(source, Shard(load_model_config(source)), CPU, torch.float32)
 
 
 def logits_of(path: Path) -> torch.Tensor:
     model = load_model(EngineConfig(ModelSource("tiny", str(path))))
     kv = ScrambledKv(model.facts.config, (0,), slot_tokens=64, tokens_per_row=8)
     runner = make_runner(
-        model.decoder, activation_specs(model.facts.config, model.facts.dtype, model.facts.kernels), kv
+        model.decoder, activation_specs(model.facts.shard, model.facts.dtype, model.facts.kernels), kv
     )
     return runner.run(plan(piece(0, TOKENS, 0, len(TOKENS))))[0].clone()
 
