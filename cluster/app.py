@@ -101,7 +101,7 @@ def _group(name: str, llm: LLMConfig, auto_device: Device, engine_class: type) -
         max_ongoing_requests=max_ongoing,
         max_queued_requests=options.max_queued_requests or room,
         ray_actor_options={"num_cpus": _LIGHT},
-        placement_group_bundles=[{"CPU": _LIGHT}, resources],
+        placement_group_bundles=[{"CPU": _LIGHT}, *[resources] * llm.engine_kwargs.tensor_parallel_size],
         placement_group_strategy=llm.placement_group_config.strategy
         if llm.placement_group_config
         else "STRICT_PACK",

@@ -21,7 +21,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -62,7 +61,8 @@ class EngineKwargs(Section):
     """`engine.config.SchedulerConfig`, `ModelSource` and `EngineConfig` under vLLM's names.
 
     `device: auto` is cuda where the Ray cluster has GPUs, else cpu. `enable_prefix_caching` is
-    `MemoryConfig`'s; it has no effect where `memory.mode` is static.
+    `MemoryConfig`'s; it has no effect where `memory.mode` is static. `tensor_parallel_size` devices of one
+    node hold a copy of the model together; `memory` is then what each of them has.
     """
 
     max_model_len: PositiveInt | None = None
@@ -91,13 +91,6 @@ class EngineKwargs(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt | None = None
     enforce_eager: bool = False
-
-    @field_validator("tensor_parallel_size")
-    @classmethod
-    def _one_rank(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError("only 1 is supported so far; use num_replicas to use more GPUs")
-        return value
 
 
 class MemorySection(Section):
@@ -192,6 +185,16 @@ class LLMConfig(Section):
     def tokenizer_source(self) -> str:
         """Where the tokenizer is."""
         return self.model_loading_config.tokenizer_source or self.model_source
+
+    @model_validator(mode="after")
+    def _ranks_share_a_node(self) -> Self:
+        placement, size = self.placement_group_config, self.engine_kwargs.tensor_parallel_size
+        if size > 1 and placement is not None and placement.strategy != "STRICT_PACK":
+            raise ValueError(
+                f"placement_group_config.strategy is {placement.strategy}, and the {size} ranks of a group "
+                "have to share a node: leave it out, or say STRICT_PACK"
+            )
+        return self
 
     @model_validator(mode="after")
     def _engine_agrees(self) -> Self:
@@ -303,4 +306,5 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
         max_model_len=kwargs.max_model_len,
         num_threads=kwargs.num_threads,
         enforce_eager=kwargs.enforce_eager,
+        tensor_parallel_size=kwargs.tensor_parallel_size,
     )

@@ -1,7 +1,7 @@
 """One TP group: the Serve replica beside the engine that holds one copy of a model.
 
-Owns the engine actor (rank 0; more ranks are not there yet), its place in the replica's placement
-group, its health and its end. Tokens pass through; nothing here knows text or HTTP.
+Owns the engine's actors (`cluster.ranks`), their health and their end. Tokens pass through; nothing here
+knows text or HTTP.
 """
 
 from __future__ import annotations
@@ -12,21 +12,17 @@ import dataclasses
 import os
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import ray
-from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.metrics import GroupMetrics, RayBackend
+from cluster.ranks import Ranks, first_line
 from engine.config import EngineConfig
 from engine.errors import BallonetError, EngineDeadError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
 
-ENGINE_BUNDLE = 1  # bundle 0 of the placement group holds the replica itself
 _SHUTDOWN_S = 10.0
+_LAST_WORDS_S = 1.0  # for the first rank to hear of it by itself, and to end its streams
 # To the top of the next step, which may be a long prefill, and then through the driver: 80 GiB take 1.3 s.
 TRIM_S = 30.0
 
@@ -62,18 +58,29 @@ class TpGroup:
     ) -> None:
         if config.device == "cpu" and config.num_threads is None:
             # Ray limits OpenMP to the CPUs an actor reserves, and a CPU rank reserves half of one.
-            config = dataclasses.replace(config, num_threads=len(os.sched_getaffinity(0)))
-        self._engine = _place(engine_class, resources, max_concurrency).remote(config)
+            threads = len(os.sched_getaffinity(0)) // config.tensor_parallel_size
+            config = dataclasses.replace(config, num_threads=max(1, threads))
+        self._ranks = Ranks(config, engine_class, resources, max_concurrency)
+        self._engine = self._ranks.engine
+        self._ended: str | None = None  # why a rank has
+        self._watch = asyncio.create_task(self._end_together())
         try:
             self._info: EngineInfo = await self._engine.info.remote()
         except RayTaskError as error:
-            ray.kill(self._engine)
+            self._ranks.kill()
             raise error.cause from None
         except RayActorError as error:
+            self._ranks.kill()
             raise EngineDeadError(
-                f"the engine's process ended while it loaded: {_first_line(error)}"
+                f"the engine's process ended while it loaded: {self._ended or first_line(error)}"
             ) from None
         self._metrics = GroupMetrics(RayBackend())
+
+    async def _end_together(self) -> None:
+        """Without one of its ranks an engine may wait for ever, and so would its clients."""
+        self._ended = await self._ranks.ended()
+        await asyncio.sleep(_LAST_WORDS_S)
+        self._ranks.kill()
 
     async def info(self) -> EngineInfo:
         """Facts of the loaded engine."""
@@ -90,7 +97,7 @@ class TpGroup:
                 yield delta
         except RayActorError as error:
             has_ended = True
-            yield Refusal(EngineDeadError(f"the engine's process ended: {_first_line(error)}"))
+            yield Refusal(EngineDeadError(f"the engine's process ended: {first_line(error)}"))
         except RayTaskError as error:
             if not isinstance(error.cause, BallonetError):
                 raise
@@ -117,7 +124,7 @@ class TpGroup:
         except TimeoutError:
             return Refusal(EngineDeadError(f"the engine has not come to it within {TRIM_S:.0f} s"))
         except RayActorError as error:
-            return Refusal(EngineDeadError(f"the engine's process ended: {_first_line(error)}"))
+            return Refusal(EngineDeadError(f"the engine's process ended: {first_line(error)}"))
         except RayTaskError as error:
             if not isinstance(error.cause, BallonetError):
                 raise
@@ -145,24 +152,5 @@ class TpGroup:
     async def __del__(self) -> None:
         with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
             await asyncio.wait_for(self._engine.shutdown.remote(), _SHUTDOWN_S)
-        ray.kill(self._engine)
-
-
-def _place(engine_class: type, resources: Mapping[str, float], max_concurrency: int) -> Any:
-    """The engine's actor class, bound to its bundle and to a name that tells whose it is."""
-    replica = serve.get_replica_context()
-    others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    return ray.remote(engine_class).options(
-        name=f"{replica.app_name}:{replica.deployment}:{replica.replica_tag}:rank0",
-        num_cpus=resources.get("CPU", 0),
-        num_gpus=resources.get("GPU", 0),
-        resources=others or None,
-        max_concurrency=max_concurrency,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            get_current_placement_group(), placement_group_bundle_index=ENGINE_BUNDLE
-        ),
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        self._watch.cancel()
+        self._ranks.kill()

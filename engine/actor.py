@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+from engine.tp.place import RankPlace
 
 if TYPE_CHECKING:
     from engine.core import Engine
@@ -50,10 +51,12 @@ class EngineActor:
 
     Args:
         config: of the engine. Loading starts at once, in the background; `info` waits for it.
+        place: of the first rank, if the engine has several; the others are `RankActor`s.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, place: RankPlace | None = None) -> None:
         self._config = config
+        self._place = place
         self._streams: dict[str, _Stream] = {}
         self._stop = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -148,7 +151,7 @@ class EngineActor:
         from engine.build import build_engine  # brings torch in
 
         try:
-            self._engine = build_engine(self._config, self._publish)
+            self._engine = build_engine(self._config, self._publish, place=self._place)
         except Exception as error:  # told to whoever asks; a thread has nobody to raise to
             logger.exception("engine did not start")
             self._failure = error
@@ -169,3 +172,26 @@ class EngineActor:
         for delta in deltas:
             if (stream := self._streams.get(delta.request_id)) is not None:
                 stream.put(delta)
+
+
+class RankActor:
+    """A rank beside the first one of an engine. Wrap it with `ray.remote`.
+
+    Args:
+        config: the engine's.
+        place: of this rank.
+    """
+
+    def __init__(self, config: EngineConfig, place: RankPlace) -> None:
+        self._config = config
+        self._place = place
+
+    def follow(self) -> None:
+        """Load, and do as the first rank does; returns when that has ended.
+
+        Raises:
+            BallonetError: this rank could not go on, which ends the engine.
+        """
+        from engine.tp.follower import follow  # brings torch in
+
+        follow(self._config, self._place)

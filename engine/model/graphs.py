@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +24,7 @@ _WEIGHTS_TIMES_TOKENS = 9.0e9 * 512
 MAX_PIECES = 16  # pieces of prompts in a graph; each costs one more row of logits
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class GraphShape:
+class GraphShape(NamedTuple):
     """The fixed sizes of a graph: `decodes` tokens of their own, then `prompt_tokens` in `pieces` pieces."""
 
     decodes: int

@@ -8,9 +8,8 @@ addresses, so a CUDA graph captured over the views of a size reads every later s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +46,7 @@ class Slots(Protocol):
     def first_row(self, slot: int) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(NamedTuple):
     """How many of everything a step has; padding included."""
 
     tokens: int
@@ -62,8 +60,7 @@ class Counts:
         return self.sequences - self.decodes + 1
 
 
-@dataclass(frozen=True, slots=True)
-class StepLayout:
+class StepLayout(NamedTuple):
     """What is known of a step before its bytes are looked at: the same on every rank.
 
     Attributes:

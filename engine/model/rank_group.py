@@ -6,6 +6,7 @@ does not come leaves the others waiting, so whoever starts the group watches its
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +19,10 @@ _START_S = 600.0  # the slowest rank may have compiled, or downloaded, for minut
 
 
 class RankGroup:
-    """One rank's door to the others.
+    """One rank's door to the others, for as long as somebody refers to it.
+
+    Attributes:
+        backend: of torch.distributed; None is NCCL for GPUs and gloo for CPUs.
 
     Args:
         rank, size: its place.
@@ -29,10 +33,12 @@ class RankGroup:
         EngineDeadError: the others did not come.
     """
 
+    backend: str | None = None
+
     def __init__(self, rank: int, size: int, store: Path, device: torch.device) -> None:
         self.rank = rank
         self.size = size
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = self.backend or ("nccl" if device.type == "cuda" else "gloo")
         try:
             dist.init_process_group(
                 backend,
@@ -40,10 +46,11 @@ class RankGroup:
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=_START_S),
-                device_id=device if device.type == "cuda" else None,
+                device_id=device if backend == "nccl" else None,
             )
         except (RuntimeError, ValueError) as error:
             raise EngineDeadError(f"rank {rank} of {size} did not find the others: {error}") from None
+        weakref.finalize(self, _leave).atexit = False  # the system takes everything back
 
     def sum(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by its sum over the ranks."""
@@ -62,7 +69,7 @@ class RankGroup:
         """
         dist.all_gather_into_tensor(parts.view(-1), part.view(-1))
 
-    def close(self) -> None:
-        """Leave the group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

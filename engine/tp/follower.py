@@ -33,6 +33,8 @@ from engine.tp.wire import Link, connect, pack
 
 logger = logging.getLogger(__name__)
 
+_SPIN_S = 0.05  # longer than most steps: a rank that serves stays awake, one that idles sleeps
+
 
 def follow(config: EngineConfig, place: RankPlace, group_class: type[RankGroup] = RankGroup) -> None:
     """Be a rank until the first one ends.
@@ -96,7 +98,8 @@ class Follower:
             "free bytes": self._free_bytes,
             "release unused": self._release_unused,
         }
-        self._loop = OrderLoop(plan, orders, lambda: self._memory.is_idle, self._memory.report)
+        spin_s = _SPIN_S if facts.device.type == "cuda" else 0.0  # a CPU rank needs its cores to compute
+        self._loop = OrderLoop(plan, orders, lambda: self._memory.is_idle, self._memory.report, spin_s)
         self._report(Kind.ANSWER, Ready(num_chunks, self._share.model.weight_bytes))
 
     @torch.inference_mode()

@@ -24,6 +24,7 @@ class OrderLoop:
     Args:
         link: to the first rank.
         is_idle, report: whether something that ends by itself is under way, and what tells of its end.
+        spin_s: how long to wait for the next order without going to sleep.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class OrderLoop:
         orders: Mapping[str, Order],
         is_idle: Callable[[], bool],
         report: Callable[[], None],
+        spin_s: float = 0.0,
     ) -> None:
+        self._spin_s = spin_s
         self._link = link
         self.orders = dict(orders)
         self._is_idle = is_idle
@@ -53,6 +56,8 @@ class OrderLoop:
             self._obey(message)
 
     def _next(self) -> Message:
+        if self._spin_s:
+            self._link.spin(_LOOK_S if not self._is_idle() else self._spin_s)
         while not self._is_idle():
             self._report()
             if self._link.has_mail(_LOOK_S):

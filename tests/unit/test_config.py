@@ -201,7 +201,13 @@ def test_all_faults_are_named_at_once() -> None:
     [
         ({"lora_config": {}}, "lora_config: LoRA adapters are not supported"),
         ({"engine_kwargs": {"gpu_memory_utilization": 0.9}}, "there is no fraction to tune"),
-        ({"engine_kwargs": {"tensor_parallel_size": 8}}, "only 1 is supported so far"),
+        (
+            {
+                "engine_kwargs": {"tensor_parallel_size": 2},
+                "placement_group_config": {"bundle_per_worker": {"GPU": 1}, "strategy": "SPREAD"},
+            },
+            "have to share a node",
+        ),
         ({"engine_kwargs": {"max_num_seqs": 4096}}, "every running sequence needs one token a step"),
         ({"engine_kwargs": {"max_num_seqs": True}}, "should be a valid integer, not True"),
         ({"memory": {"chunk_bytes": 1000}}, "must be a multiple of 4096"),
