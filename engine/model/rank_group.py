@@ -6,6 +6,7 @@ does not come leaves the others waiting, so whoever starts the group watches its
 
 from __future__ import annotations
 
+import os
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ class RankGroup:
     Args:
         rank, size: its place.
         store: a file that all ranks see and none has made; how they find one another.
-        device: where its tensors are. The process can be in one such group only.
+        device: where its tensors are. A process can be in one such group at a time, with NCCL in one ever.
 
     Raises:
         EngineDeadError: the others did not come.
@@ -38,6 +39,8 @@ class RankGroup:
     def __init__(self, rank: int, size: int, store: Path, device: torch.device) -> None:
         self.rank = rank
         self.size = size
+        # Chunks behind an address change: a graph may not remember which were there when it was recorded.
+        os.environ.update(NCCL_GRAPH_REGISTER="0", NCCL_LOCAL_REGISTER="0")
         backend = self.backend or ("nccl" if device.type == "cuda" else "gloo")
         try:
             dist.init_process_group(
@@ -71,5 +74,6 @@ class RankGroup:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
+    # NCCL waits for CUDA graphs that hold its sums, even where it is aborted (2.28): the process ends it.
+    if dist.is_initialized() and dist.get_backend() != "nccl":
         dist.destroy_process_group()

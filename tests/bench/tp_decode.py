@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -37,9 +38,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of context before the decodes")
     args = parser.parse_args()
-    figures = {size: measure(size, args.batch, args.prompt) for size in args.sizes}
+    figures = {size: _in_a_process(size, args.batch, args.prompt) for size in args.sizes}
     line = {"bench": "tp_decode", "batch": args.batch, "prompt": args.prompt, "ranks": figures}
     print(json.dumps({**line, **machine()}))
+
+
+def _in_a_process(*what: int) -> dict[str, Any]:
+    """Every engine has its own: NCCL is for one group in a process' life."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_measure_there, args=(theirs, *what))
+    process.start()
+    result: dict[str, Any] = ours.recv()
+    process.join()
+    return result
+
+
+def _measure_there(answer: Any, *what: int) -> None:
+    answer.send(measure(*what))
+    os._exit(0)
 
 
 def measure(size: int, batch: int, prompt: int) -> dict[str, Any]:
@@ -81,13 +98,8 @@ def measure(size: int, batch: int, prompt: int) -> dict[str, Any]:
         "floor_ms": round(nbytes / _BYTES_PER_S[name] * 1e3, 3) if name else None,
         "weight_gib": round(engine.info.weight_bytes / 2**30, 2),
     }
-    engine._pool._vm.close()
-    del engine
-    gc.unfreeze()
-    gc.collect()
     for rank in ranks:
-        rank.join(60)
-    torch.cuda.empty_cache()
+        rank.kill()
     return result
 
 
