@@ -1,7 +1,8 @@
 """One TP group: the Serve replica beside the engine that holds one copy of a model.
 
 Owns the engine actor (rank 0; more ranks are not there yet), its place in the replica's placement
-group, its health and its end. Tokens pass through; nothing here knows text or HTTP.
+group, its health and its end: the replica and its engine live and die together. Tokens do not come by here;
+a call of `generate` is open as long as its request, which is what Serve counts, cancels and drains.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray import serve
@@ -23,20 +25,28 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.metrics import GroupMetrics, RayBackend
 from engine.config import EngineConfig
 from engine.errors import BallonetError, EngineDeadError
-from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo
 
 ENGINE_BUNDLE = 1  # bundle 0 of the placement group holds the replica itself
 _SHUTDOWN_S = 10.0
+_WATCH_S = 0.5  # between two looks at the ranks; a call that fails tells at once
+_LAST_WORDS_S = 0.2  # for the answers of open calls to leave this process
 # To the top of the next step, which may be a long prefill, and then through the driver: 80 GiB take 1.3 s.
 TRIM_S = 30.0
+_log = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Sent instead of the first delta. A value, because Serve logs a traceback for every exception
-    that leaves a replica, and refusals come by the hundred when the system is full."""
+    """Why a request, or an order, was not done. A value, because Serve logs a traceback for every exception
+    that leaves a replica, and refusals come by the hundred when the system is full.
+
+    Attributes:
+        was_begun: the engine may have had it; what ended that engine may have been this request.
+    """
 
     error: BallonetError
+    was_begun: bool = True
 
 
 class TpGroup:
@@ -63,6 +73,8 @@ class TpGroup:
         if config.device == "cpu" and config.num_threads is None:
             # Ray limits OpenMP to the CPUs an actor reserves, and a CPU rank reserves half of one.
             config = dataclasses.replace(config, num_threads=len(os.sched_getaffinity(0)))
+        self._death: EngineDeadError | None = None
+        self._step_timeout_s = config.step_timeout_s
         self._engine = _place(engine_class, resources, max_concurrency).remote(config)
         try:
             self._info: EngineInfo = await self._engine.info.remote()
@@ -74,33 +86,37 @@ class TpGroup:
                 f"the engine's process ended while it loaded: {_first_line(error)}"
             ) from None
         self._metrics = GroupMetrics(RayBackend())
+        self._watch = asyncio.create_task(self._watch_ranks([self._engine]))
 
     async def info(self) -> EngineInfo:
         """Facts of the loaded engine."""
         return self._info
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta | Refusal, None]:
-        """The engine's deltas, or one Refusal. Closing or cancelling cancels in the engine."""
-        stream = self._engine.generate.options(num_returns="streaming").remote(request)
+    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> Refusal | None:
+        """Returns when the engine has sent the last delta to `reply_to`, or why there will be none.
+        Cancelling cancels in the engine."""
+        if self._death is not None:
+            return Refusal(self._death, was_begun=False)
+        call = self._engine.generate.remote(request, reply_to)
         has_ended = False
         try:
-            async for reference in stream:
-                delta = await reference
-                has_ended = delta.finish_reason is not None
-                yield delta
+            await call
+            has_ended = True
         except RayActorError as error:
             has_ended = True
-            yield Refusal(EngineDeadError(f"the engine's process ended: {_first_line(error)}"))
+            self._death = EngineDeadError(f"the engine's process ended: {_first_line(error)}")
+            return Refusal(self._death)
         except RayTaskError as error:
             if not isinstance(error.cause, BallonetError):
                 raise
             has_ended = True
-            yield Refusal(error.cause)
+            return Refusal(error.cause)
         finally:
             if not has_ended:
-                # Where Serve cancels this call, Ray cancels the engine's generator as well, and may
-                # cancel this very message with it (seen with Ray 2.60): either way is enough.
+                # Where Serve cancels this call, Ray cancels the engine's as well, and may cancel this very
+                # message with it (seen with Ray 2.60): either way is enough.
                 self._engine.cancel.remote(request.request_id)
+        return None
 
     async def snapshot(self) -> EngineSnapshot | None:
         """Facts of this moment; None when the engine is dead."""
@@ -139,13 +155,41 @@ class TpGroup:
         }
 
     async def check_health(self) -> None:
-        """Asks the engine's step loop, not only the process. Serve replaces the replica if it raises."""
-        await self._engine.check_health.remote()
+        """Tells what the watch has found. Serve replaces the replica if it raises, or is gone."""
+        if self._death is not None:
+            raise self._death
 
     async def __del__(self) -> None:
+        self._watch.cancel()
         with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
             await asyncio.wait_for(self._engine.shutdown.remote(), _SHUTDOWN_S)
         ray.kill(self._engine)
+
+    async def _watch_ranks(self, ranks: list[Any]) -> None:
+        """Looks at the step loop of every rank, not only at the processes, until one of them is dead."""
+        while self._death is None:
+            looks = asyncio.gather(*(rank.check_health.remote() for rank in ranks))
+            try:
+                await asyncio.wait_for(looks, self._step_timeout_s)
+                await asyncio.sleep(_WATCH_S)
+            except TimeoutError:
+                self._death = EngineDeadError(f"the engine has not answered for {self._step_timeout_s:.0f} s")
+            except (RayActorError, RayTaskError) as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                self._death = EngineDeadError(f"the engine is dead: {_first_line(cause)}")
+        await self._end(ranks, self._death)
+
+    async def _end(self, ranks: list[Any], death: EngineDeadError) -> NoReturn:
+        """A group that lacks a rank is of no use, and the router would like it, as it has nothing to do.
+
+        An ended process is what routers and Serve's controller notice soonest: a replica that is merely
+        unhealthy is asked three times, and then waited for.
+        """
+        _log.error("this group ends, to be replaced: %s", death)
+        for rank in ranks:
+            ray.kill(rank)
+        await asyncio.sleep(_LAST_WORDS_S)
+        os._exit(1)
 
 
 def _place(engine_class: type, resources: Mapping[str, float], max_concurrency: int) -> Any:

@@ -12,6 +12,7 @@ from typing import Literal
 from engine.errors import ConfigError
 
 MIB = 1 << 20
+DEFAULT_STEP_TIMEOUT_S = 300.0
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -223,6 +224,8 @@ class EngineConfig:
         num_threads: CPU threads of torch; None leaves torch's own choice.
         enforce_eager: launch every kernel from Python instead of replaying CUDA graphs. Slower; shows
             in a profile or a stack trace where something happens.
+        step_timeout_s: an engine of which no step has ended for so long is given up and replaced. Longer
+            than the longest step: a prompt of the largest piece, on a CPU minutes.
     """
 
     model: ModelSource
@@ -233,3 +236,8 @@ class EngineConfig:
     max_model_len: int | None = None
     num_threads: int | None = None
     enforce_eager: bool = False
+    step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
+
+    def __post_init__(self) -> None:
+        if not self.step_timeout_s > 0:
+            raise ConfigError(f"step_timeout_s must be positive, not {self.step_timeout_s}")

@@ -15,6 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from cluster.ingress import IngressConfig, create_app
+from cluster.token_inbox import TokenInbox
 from cluster.tokenizer import Tokenizer
 from engine.actor import EngineActor
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
@@ -87,12 +88,22 @@ class LocalModel(DemoModel):
     def __init__(self, tokenizer: Tokenizer, actor: EngineActor) -> None:
         super().__init__(tokenizer, 1)
         self._actor = actor
+        self._inbox = TokenInbox("127.0.0.1")
 
     async def info(self) -> EngineInfo:
         return await self._actor.info()
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:  # type: ignore[override]
-        return self._actor.generate(request)
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:  # type: ignore[override]
+        stream = self._inbox.open(request.request_id)
+        call = asyncio.create_task(self._actor.generate(request, stream.reply_to))
+        try:
+            while not (delta := await stream.get()).finish_reason:
+                yield delta
+            yield delta
+            await call
+        finally:
+            stream.close()
+            call.cancel()
 
     async def snapshot(self) -> list[EngineSnapshot]:
         return [await self._actor.snapshot()]
