@@ -144,6 +144,9 @@ class FakeEngine:
             prefix_hits=self._hits,
         )
 
+    async def pid(self) -> int:
+        return os.getpid()
+
     async def check_health(self) -> None:
         if self._config.model.source == "dead":
             raise EngineDeadError("the step loop has ended")
