@@ -104,7 +104,8 @@ class TpGroup:
             has_ended = True
         except RayActorError as error:
             has_ended = True
-            self._death = EngineDeadError(f"the engine's process ended: {_first_line(error)}")
+            # Where the watch has ended the process, it knows better why.
+            self._death = self._death or EngineDeadError(f"the engine's process ended: {_first_line(error)}")
             return Refusal(self._death)
         except RayTaskError as error:
             if not isinstance(error.cause, BallonetError):

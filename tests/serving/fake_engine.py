@@ -2,8 +2,8 @@
 
 What the first token of a prompt asks for:  token 1 is answered at once, 2 slowly and without end, 3 is
 refused as a wrong request, 4 as overload, 5 kills the process after one token, 6 before any, 7 does so once:
-another process that sees it answers. A prompt that was seen with the same salt is cached but for its last
-token, in a chunk of its own.
+another process that sees it answers. 8 gets one token, and then the step loop stands still. A prompt that was
+seen with the same salt is cached but for its last token, in a chunk of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.messages import (
 from engine.token_sender import TokenSender
 
 TOTAL, CHUNK_BYTES = 64, 1 << 20
-QUICK, SLOW, WRONG, FULL, FATAL, POISON, UNLUCKY = 1, 2, 3, 4, 5, 6, 7
+QUICK, SLOW, WRONG, FULL, FATAL, POISON, UNLUCKY, STUCK = 1, 2, 3, 4, 5, 6, 7, 8
 
 
 class FakeEngine:
@@ -41,6 +41,7 @@ class FakeEngine:
         self._created = TOTAL
         self._queries = self._hits = 0
         self._sender = TokenSender(self._running.discard)
+        self._is_stuck = False
 
     async def info(self) -> EngineInfo:
         if self._config.model.source == "missing":
@@ -98,6 +99,9 @@ class FakeEngine:
             if request.request_id not in self._running:
                 yield TokenDelta(request.request_id, (), finish_reason="cancelled")
                 return
+            if order == STUCK:
+                self._is_stuck = True
+                await asyncio.Event().wait()
             if order == FATAL:
                 await asyncio.sleep(0.5)  # the token leaves
                 os._exit(1)
@@ -148,8 +152,8 @@ class FakeEngine:
         return os.getpid()
 
     async def check_health(self) -> None:
-        if self._config.model.source == "dead":
-            raise EngineDeadError("the step loop has ended")
+        if self._is_stuck:
+            raise EngineDeadError("no step has ended for 300 s")
 
     async def shutdown(self) -> None:
         self._running.clear()

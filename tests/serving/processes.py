@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -27,25 +28,27 @@ def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> float:
 
 def processes(title: str) -> set[int]:
     """Our descendants of that title: other sessions on this machine have processes like ours."""
-    parents, found = {}, set()
+    return {pid for pid in descendants(os.getpid()) if _title(pid).startswith(title)}
+
+
+def descendants(ancestor: int) -> set[int]:
+    """Process ids of children, their children, and so on; none that has ended."""
+    parents = {}
     for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                stat = (folder / "stat").read_text()
-                words = (folder / "cmdline").read_bytes().rstrip(b"\0 ").decode(errors="replace")
-            except OSError:
-                continue  # it has ended meanwhile
-            state, parent = stat.rpartition(")")[2].split()[:2]
-            parents[int(folder.name)] = int(parent)
-            if words.startswith(title) and state != "Z":
-                found.add(int(folder.name))
-    return {pid for pid in found if _descends(pid, parents)}
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if folder.name.isdigit():
+                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+                parents[int(folder.name)] = 0 if state == "Z" else int(parent)
+    found = {ancestor}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {ancestor}
 
 
-def _descends(pid: int, parents: dict[int, int]) -> bool:
-    while pid > 1 and pid != os.getpid():
-        pid = parents.get(pid, 0)
-    return pid == os.getpid()
+def _title(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
 
 
 def kill(title: str) -> None:

@@ -6,15 +6,19 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from cluster.client import Client
-from tests.serving.fake_engine import FATAL, POISON, QUICK, SLOW, UNLUCKY
+from tests.serving.conftest import ROOT
+from tests.serving.fake_engine import FATAL, POISON, QUICK, SLOW, STUCK, UNLUCKY
 from tests.serving.processes import engines, eventually, kill, processes
 
 pytestmark = pytest.mark.ray
@@ -100,6 +104,15 @@ def test_a_request_that_kills_engines_is_given_two_of_them(pair_url: str) -> Non
     eventually(lambda: _groups(pair_url) == 2)
 
 
+def test_a_step_loop_that_stands_still_is_replaced(pair_url: str) -> None:
+    before = set(engines(PAIR))
+    events = _events(pair_url, _body(STUCK, 5, "pair"))
+    assert events[-1]["error"]["code"] == "engine_unavailable"
+    assert "no step has ended" in events[-1]["error"]["message"]
+    assert _num_tokens(events) == 1
+    eventually(lambda: len(set(engines(PAIR)) - before) == 1)
+
+
 def test_an_ingress_that_is_killed_takes_its_requests_out_of_the_engines(
     base_url: str, record_property: Record
 ) -> None:
@@ -141,3 +154,17 @@ def test_requests_do_not_notice_a_dead_controller(base_url: str, title: str) -> 
         assert quick.status_code == 200
         assert _num_tokens(stream.result(60)) == 60
     eventually(lambda: len(processes(title) - dead) == 1)
+
+
+def test_a_node_that_is_lost_takes_its_own_requests_alone(
+    tokenizer_dir: Path, tmp_path: Path, record_property: Record
+) -> None:
+    told_at = tmp_path / "told.json"
+    script = [sys.executable, "-m", "tests.serving.node_loss", str(tokenizer_dir), str(told_at)]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(told_at.read_text())
+    assert set(told["ends"]) == {"engine_unavailable", "whole"}
+    assert told["quick"] == ["whole"]
+    for name in ("streams_ended_s", "quick_s", "rebuilt_s"):
+        record_property(name, told[name])
