@@ -159,6 +159,8 @@ class TpGroup:
         """Tells what the watch has found. Serve replaces the replica if it raises, or is gone."""
         if self._death is not None:
             raise self._death
+        if self._watch.done():
+            raise EngineDeadError("nobody watches the engine any more")
 
     async def __del__(self) -> None:
         self._watch.cancel()

@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 
 from engine.messages import ReplyTo, TokenDelta
-from engine.token_wire import Row, decode, to_delta
+from engine.token_wire import Row, add, decode, to_delta
 
 _log = logging.getLogger("ray.serve")
 
@@ -36,7 +36,7 @@ class TokenStream:
         self.reply_to = reply_to
         self._request_id = request_id
         self._forget = forget
-        self._pending: TokenDelta | None = None
+        self._pending: Row | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -51,13 +51,15 @@ class TokenStream:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        delta, self._pending = self._pending, None
-        return delta
+        row, self._pending = self._pending, None
+        return to_delta(row, self._request_id)
 
     def put(self, row: Row) -> None:
         """A delta has come."""
-        delta = to_delta(row, self._request_id)
-        self._pending = delta if self._pending is None else self._pending.then(delta)
+        if self._pending is None:
+            self._pending = row
+        else:
+            add(self._pending, row)
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -129,7 +131,7 @@ class TokenInbox:
                 for row in decode(payload):
                     if (stream := self._streams.get(row[0])) is not None:
                         stream.put(row)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 self._drop(error)
                 continue
             # The receipt comes after the readers have been woken, so that the sender waits while they work.

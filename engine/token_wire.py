@@ -27,9 +27,17 @@ def encode(deltas: Iterable[tuple[int, TokenDelta]]) -> bytes:
 def decode(payload: bytes) -> list[Row]:
     """The rows of a message. Raises ValueError for anything that `encode` did not make."""
     rows = orjson.loads(payload)
-    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 7 for row in rows):
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise ValueError("not a list of rows")
     return rows
+
+
+def add(row: Row, later: Row) -> None:
+    """Make of a row, in place, what `TokenDelta.then` makes of a delta and the next one."""
+    row[1] += later[1]
+    row[2:6] = later[2:6]
+    if later[6]:
+        row[6] = (row[6] or []) + later[6]
 
 
 def to_delta(row: Row, request_id: str) -> TokenDelta:
@@ -61,6 +69,10 @@ def _row(stream: int, delta: TokenDelta) -> Row:
         delta.num_cached_tokens,
         [[entry.logprob, entry.top] for entry in delta.logprobs] if delta.logprobs else None,
     ]
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, list) and len(row) == 7 and type(row[0]) is int and type(row[1]) is list
 
 
 def _logprobs(entry: list[Any]) -> TokenLogprobs:

@@ -18,7 +18,7 @@ from cluster.token_inbox import TokenInbox, TokenStream
 from engine.errors import EngineDeadError
 from engine.messages import ReplyTo, TokenDelta, TokenLogprobs
 from engine.token_sender import MESSAGES_AHEAD, TokenSender
-from engine.token_wire import decode, encode, to_delta
+from engine.token_wire import add, decode, encode, to_delta
 
 SECRET = b"0123456789abcdef"
 
@@ -89,6 +89,13 @@ _DELTAS = st.builds(
 @given(st.lists(st.tuples(st.integers(1, 1 << 40), _DELTAS), max_size=5))
 def test_what_arrives_is_what_was_sent(pairs: list[tuple[int, TokenDelta]]) -> None:
     assert [(row[0], to_delta(row, "r")) for row in decode(encode(pairs))] == pairs
+
+
+@given(_DELTAS, _DELTAS)
+def test_what_piles_up_is_what_the_engine_would_have_sent(first: TokenDelta, second: TokenDelta) -> None:
+    row, later = decode(encode([(1, first), (1, second)]))
+    add(row, later)
+    assert to_delta(row, "r") == first.then(second)
 
 
 def test_every_token_arrives_once_and_in_order() -> None:
