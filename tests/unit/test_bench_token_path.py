@@ -1,4 +1,4 @@
-"""What the token client counts, however a server cuts its bytes; and the engine whose tokens are arithmetic."""
+"""What the token client counts, however its bytes are cut; and the engine whose tokens are arithmetic."""
 
 from __future__ import annotations
 
