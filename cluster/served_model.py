@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 _ANSWER_S = 2.0  # a group that takes longer to answer a control call is not well
 _TRIM_S = TRIM_S + 5.0  # a group answers in TRIM_S whatever its engine does
+NO_GROUP_S = 300.0  # longer than a group takes to load, if it can be had at all
 LAST_DELTA_S = 10.0  # from the end of a call to its last delta, which left before it
 _REROUTE_S = 10.0  # for a group that is known to be dead to leave the router's list: it takes half a second
 _REROUTE_PAUSE_S = 0.1
@@ -39,6 +40,7 @@ class GroupsOfModel:
         handle: of the model's TpGroup deployment.
         inbox: of this process.
         last_delta_s: how long after the end of a call its last delta may come.
+        no_group_s: how long a request waits where no group is up.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class GroupsOfModel:
         handle: DeploymentHandle[Any],
         inbox: TokenInbox,
         last_delta_s: float = LAST_DELTA_S,
+        no_group_s: float = NO_GROUP_S,
     ) -> None:
         self.model_id = model_id
         self.created = created
@@ -57,6 +60,7 @@ class GroupsOfModel:
         self._generate = handle.options(method_name="generate")
         self._inbox = inbox
         self._last_delta_s = last_delta_s
+        self._no_group_s = no_group_s
         self._info: EngineInfo | None = None
 
     async def info(self) -> EngineInfo:
@@ -98,7 +102,7 @@ class GroupsOfModel:
             response = self._generate.remote(request, stream.reply_to)
             call = _Call(self.model_id, response, stream, self._last_delta_s)
             try:
-                return call, await call.stream.get()
+                return call, await self._first(call)
             except _GroupDiedError as death:
                 call.close()
                 num_begun += death.was_begun
@@ -108,6 +112,28 @@ class GroupsOfModel:
                 call.close()
                 raise
             await asyncio.sleep(_REROUTE_PAUSE_S)
+
+    async def _first(self, call: _Call) -> TokenDelta:
+        """The first delta. A group may take long to come to it; but Serve would wait forever for a group."""
+        while True:
+            try:
+                async with asyncio.timeout(self._no_group_s):
+                    return await call.stream.get()
+            except TimeoutError:
+                if not await self._is_up():
+                    raise EngineDeadError(
+                        f"no group of {self.model_id} has been up for this request; try again later"
+                    ) from None
+
+    async def _is_up(self) -> bool:
+        """Whether there is a group, however long it takes to answer."""
+        try:
+            response = self._handle.broadcast("info")
+            return bool(await response.results_async(timeout_s=_ANSWER_S, return_exceptions=True))
+        except TimeoutError:
+            return True
+        except DeploymentUnavailableError:
+            return False
 
     async def is_healthy(self) -> bool:
         """Whether at least one engine answers."""

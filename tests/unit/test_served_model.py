@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentID
 
 from cluster.group import Refusal
 from cluster.served_model import GroupsOfModel
@@ -33,17 +35,31 @@ class Response:
         self._task.cancel()
 
 
+class Broadcast:
+    def __init__(self, is_up: bool) -> None:
+        self._is_up = is_up
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[str]:
+        if not self._is_up:
+            raise DeploymentUnavailableError(DeploymentID("m"))
+        return ["info"]
+
+
 class Handle:
     """The nth call goes to the nth group, the last one takes all further ones."""
 
     def __init__(self, *groups: Group) -> None:
         self.calls: list[asyncio.Task[Refusal | None]] = []
         self.sender = TokenSender(lambda _: None)
+        self.is_up = True
         self._groups = groups
 
     def options(self, method_name: str) -> Handle:
         assert method_name == "generate"
         return self
+
+    def broadcast(self, method: str) -> Broadcast:
+        return Broadcast(self.is_up)
 
     def remote(self, request: GenerateRequest, reply_to: ReplyTo) -> Response:
         group = self._groups[min(len(self.calls), len(self._groups) - 1)]
@@ -165,3 +181,27 @@ def test_a_reader_that_gives_up_waiting_cancels_the_call() -> None:
         inbox.close()
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_a_request_waits_for_a_group_that_is_busy_and_not_for_one_that_never_comes(is_up: bool) -> None:
+    async def late(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Refusal | None:
+        await asyncio.sleep(1.0)
+        return await answers(1)(handle, request, reply_to)
+
+    async def ask() -> list[int]:
+        handle, inbox = Handle(late), TokenInbox("127.0.0.1")
+        handle.is_up = is_up
+        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox, no_group_s=0.1)
+        try:
+            return [token async for delta in model.generate(REQUEST) for token in delta.token_ids]
+        finally:
+            await asyncio.wait(handle.calls, timeout=20)
+            handle.sender.shut()
+            inbox.close()
+
+    if is_up:
+        assert asyncio.run(ask()) == [0]
+    else:
+        with pytest.raises(EngineDeadError, match="no group of m has been up"):
+            asyncio.run(ask())
