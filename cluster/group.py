@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -74,6 +74,7 @@ class TpGroup:
             # Ray limits OpenMP to the CPUs an actor reserves, and a CPU rank reserves half of one.
             config = dataclasses.replace(config, num_threads=len(os.sched_getaffinity(0)))
         self._death: EngineDeadError | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._step_timeout_s = config.step_timeout_s
         self._engine = _place(engine_class, resources, max_concurrency).remote(config)
         try:
@@ -104,9 +105,11 @@ class TpGroup:
             has_ended = True
         except RayActorError as error:
             has_ended = True
+            death = EngineDeadError(f"the engine's process ended: {_first_line(error)}")
+            if isinstance(error, ActorDiedError):  # not one that is out of reach for a moment
+                self._death = self._death or death
             # Where the watch has ended the process, it knows better why.
-            self._death = self._death or EngineDeadError(f"the engine's process ended: {_first_line(error)}")
-            return Refusal(self._death)
+            return Refusal(self._death or death)
         except RayTaskError as error:
             if not isinstance(error.cause, BallonetError):
                 raise
@@ -159,27 +162,34 @@ class TpGroup:
         """Tells what the watch has found. Serve replaces the replica if it raises, or is gone."""
         if self._death is not None:
             raise self._death
-        if self._watch.done():
+        if self._watch is None or self._watch.done():
             raise EngineDeadError("nobody watches the engine any more")
 
     async def __del__(self) -> None:
-        self._watch.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
             await asyncio.wait_for(self._engine.shutdown.remote(), _SHUTDOWN_S)
         ray.kill(self._engine)
 
     async def _watch_ranks(self, ranks: list[Any]) -> None:
         """Looks at the step loop of every rank, not only at the processes, until one of them is dead."""
+        loop = asyncio.get_running_loop()
+        well_s = loop.time()
         while self._death is None:
+            left_s = well_s + self._step_timeout_s - loop.time()
             looks = asyncio.gather(*(rank.check_health.remote() for rank in ranks))
             try:
-                await asyncio.wait_for(looks, self._step_timeout_s)
-                await asyncio.sleep(_WATCH_S)
+                await asyncio.wait_for(looks, left_s)
+                well_s = loop.time()
+            except ActorUnavailableError:
+                pass  # the connection broke; the process may be well
             except TimeoutError:
                 self._death = EngineDeadError(f"the engine has not answered for {self._step_timeout_s:.0f} s")
             except (RayActorError, RayTaskError) as error:
                 cause = error.cause if isinstance(error, RayTaskError) else error
                 self._death = EngineDeadError(f"the engine is dead: {_first_line(cause)}")
+            await asyncio.sleep(_WATCH_S if self._death is None else 0)
         await self._end(ranks, self._death)
 
     async def _end(self, ranks: list[Any], death: EngineDeadError) -> NoReturn:
