@@ -23,6 +23,7 @@ from cluster.group import TpGroup
 from cluster.ingress import IngressConfig, create_app
 from cluster.metrics import IngressMetrics, RayBackend
 from cluster.served_model import GroupsOfModel
+from cluster.token_inbox import TokenInbox
 from cluster.tokenizer import Tokenizer
 from engine.actor import EngineActor
 from engine.config import Device
@@ -34,6 +35,7 @@ _CPU_RANK = {"CPU": 0.5}
 _GPU_RANK = {"CPU": 1.0, "GPU": 1.0}
 _STATS_PERIOD_S = 1.0
 _BURST = 64
+_HEALTH_PERIOD_S = 2.0  # how soon an ingress or the controller is missed; Serve's 10 s leave clients waiting
 _CONTROL_CALLS = 64  # health checks and snapshots that an engine answers beside its requests
 
 
@@ -62,12 +64,20 @@ def build_application(args: ServingArgs, engine_class: type) -> serve.Applicatio
         served.append(_Served(llm.model_id, name, llm.tokenizer_source, created))
         groups[llm.model_id] = _group(name, llm, device, engine_class)
     controller = serve.deployment(ControllerReplica).options(
-        name="Controller", num_replicas=1, ray_actor_options={"num_cpus": _LIGHT}
+        name="Controller",
+        num_replicas=1,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        ray_actor_options={"num_cpus": _LIGHT},
     )
     ingress = serve.deployment(serve.ingress(_asgi_builder(tuple(served), args))()).options(
         name="Ingress",
         num_replicas=args.ingress.num_replicas,
         max_ongoing_requests=args.ingress.max_ongoing_requests,
+        # An ingress that leaves has as long as the groups behind it.
+        graceful_shutdown_timeout_s=max(
+            llm.deployment_config.graceful_shutdown_timeout_s for llm in args.llm_configs
+        ),
+        health_check_period_s=_HEALTH_PERIOD_S,
         ray_actor_options={"num_cpus": _LIGHT},
     )
     # Serve takes from these arguments only which deployments belong together; the ingress resolves
@@ -136,12 +146,14 @@ def _asgi_builder(served: tuple[_Served, ...], args: ServingArgs) -> Callable[[]
     )
 
     def build_asgi_app() -> FastAPI:
+        inbox = TokenInbox(ray.util.get_node_ip_address())
         models = {
             model.model_id: GroupsOfModel(
                 model.model_id,
                 model.created,
                 Tokenizer.load(model.tokenizer_source),
                 serve.get_deployment_handle(model.deployment),
+                inbox,
             )
             for model in served
         }

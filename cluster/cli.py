@@ -23,6 +23,7 @@ from cluster import cli_render, config
 from cluster.bench import command
 from cluster.bench.workload import OptionError
 from cluster.client import Client, ClientError
+from cluster.serve_settings import prefer_fast_front
 from engine.errors import BallonetError
 from engine.messages import EngineSnapshot
 
@@ -51,7 +52,9 @@ def serve(
     """Deploy every application of FILE and stay until Ctrl-C."""
     with _errors_end_it():
         file = config.load(path)
-        from cluster import launch  # takes seconds: Ray
+        if address is None:
+            prefer_fast_front(file.http_options.host, file.http_options.port)
+        from cluster import launch  # takes seconds: Ray, which reads its environment now
 
         if address is None:
             launch.require_models(file)

@@ -28,6 +28,7 @@ from cluster.config_errors import explain
 from cluster.config_ingress import IngressSection
 from cluster.config_values import Bytes, Section, Source
 from engine.config import (
+    DEFAULT_STEP_TIMEOUT_S,
     Device,
     Dtype,
     EngineConfig,
@@ -91,6 +92,7 @@ class EngineKwargs(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt | None = None
     enforce_eager: bool = False
+    step_timeout_s: PositiveFloat = DEFAULT_STEP_TIMEOUT_S
 
 
 class MemorySection(Section):
@@ -141,16 +143,17 @@ class DeploymentSection(Section):
 
     `max_ongoing_requests` and `max_queued_requests` are by default well above what the engine runs
     and queues, so that requests wait in one place, the engine's queue, and the engine refuses what
-    exceeds it (429).
+    exceeds it (429). A group that leaves, at an update or a shutdown, has `graceful_shutdown_timeout_s` to
+    finish what it has begun; `health_check_period_s` is how soon a group that died is missed.
     """
 
     num_replicas: PositiveInt | Literal["auto"] | None = None
     autoscaling_config: AutoscalingSection | None = None
     max_ongoing_requests: PositiveInt | None = None
     max_queued_requests: PositiveInt | None = None
-    graceful_shutdown_timeout_s: PositiveFloat = 120.0
+    graceful_shutdown_timeout_s: PositiveFloat = 600.0
     graceful_shutdown_wait_loop_s: PositiveFloat = 2.0
-    health_check_period_s: PositiveFloat = 10.0
+    health_check_period_s: PositiveFloat = 2.0
     health_check_timeout_s: PositiveFloat = 30.0
     max_constructor_retry_count: PositiveInt = 3
 
@@ -307,4 +310,5 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
         num_threads=kwargs.num_threads,
         enforce_eager=kwargs.enforce_eager,
         tensor_parallel_size=kwargs.tensor_parallel_size,
+        step_timeout_s=kwargs.step_timeout_s,
     )

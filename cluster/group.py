@@ -1,7 +1,8 @@
 """One TP group: the Serve replica beside the engine that holds one copy of a model.
 
-Owns the engine's actors (`cluster.ranks`), their health and their end. Tokens pass through; nothing here
-knows text or HTTP.
+Owns the engine's actors (`cluster.ranks`), their health and their end: the replica and its ranks live and die
+together. Tokens do not come by here; a call of `generate` is open as long as its request, which is what Serve
+counts, cancels and drains.
 """
 
 from __future__ import annotations
@@ -9,30 +10,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
 from cluster.metrics import GroupMetrics, RayBackend
 from cluster.ranks import Ranks, first_line
 from engine.config import EngineConfig
 from engine.errors import BallonetError, EngineDeadError
-from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo
 
 _SHUTDOWN_S = 10.0
-_LAST_WORDS_S = 1.0  # for the first rank to hear of it by itself, and to end its streams
+_WATCH_S = 0.5  # between two looks at the ranks; a call that fails tells at once
+_LOADING_WORDS_S = 2.0
+_LAST_WORDS_S = 0.2  # for the answers of open calls to leave this process
 # To the top of the next step, which may be a long prefill, and then through the driver: 80 GiB take 1.3 s.
 TRIM_S = 30.0
+_log = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Sent instead of the first delta. A value, because Serve logs a traceback for every exception
-    that leaves a replica, and refusals come by the hundred when the system is full."""
+    """Why a request, or an order, was not done. A value, because Serve logs a traceback for every exception
+    that leaves a replica, and refusals come by the hundred when the system is full.
+
+    Attributes:
+        was_begun: the engine may have had it; what ended that engine may have been this request.
+    """
 
     error: BallonetError
+    was_begun: bool = True
 
 
 class TpGroup:
@@ -60,10 +71,12 @@ class TpGroup:
             # Ray limits OpenMP to the CPUs an actor reserves, and a CPU rank reserves half of one.
             threads = len(os.sched_getaffinity(0)) // config.tensor_parallel_size
             config = dataclasses.replace(config, num_threads=max(1, threads))
+        self._death: EngineDeadError | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._step_timeout_s = config.step_timeout_s
         self._ranks = Ranks(config, engine_class, resources, max_concurrency)
         self._engine = self._ranks.engine
-        self._ended: str | None = None  # why a rank has
-        self._watch = asyncio.create_task(self._end_together())
+        self._together = asyncio.create_task(self._end_together())
         try:
             self._info: EngineInfo = await self._engine.info.remote()
         except RayTaskError as error:
@@ -72,42 +85,50 @@ class TpGroup:
         except RayActorError as error:
             self._ranks.kill()
             raise EngineDeadError(
-                f"the engine's process ended while it loaded: {self._ended or first_line(error)}"
+                f"the engine's process ended while it loaded: {self._death or first_line(error)}"
             ) from None
         self._metrics = GroupMetrics(RayBackend())
+        self._watch = asyncio.create_task(self._watch_engine())
 
     async def _end_together(self) -> None:
         """Without one of its ranks an engine may wait for ever, and so would its clients."""
-        self._ended = await self._ranks.ended()
-        await asyncio.sleep(_LAST_WORDS_S)
+        self._death = EngineDeadError(await self._ranks.ended())
+        if self._watch is None:  # what could not load tells the first rank why, which says it better
+            await asyncio.sleep(_LOADING_WORDS_S)
         self._ranks.kill()
 
     async def info(self) -> EngineInfo:
         """Facts of the loaded engine."""
         return self._info
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta | Refusal, None]:
-        """The engine's deltas, or one Refusal. Closing or cancelling cancels in the engine."""
-        stream = self._engine.generate.options(num_returns="streaming").remote(request)
+    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> Refusal | None:
+        """Returns when the engine has sent the last delta to `reply_to`, or why there will be none.
+        Cancelling cancels in the engine."""
+        if self._death is not None:
+            return Refusal(self._death, was_begun=False)
+        call = self._engine.generate.remote(request, reply_to)
         has_ended = False
         try:
-            async for reference in stream:
-                delta = await reference
-                has_ended = delta.finish_reason is not None
-                yield delta
+            await call
+            has_ended = True
         except RayActorError as error:
             has_ended = True
-            yield Refusal(EngineDeadError(f"the engine's process ended: {first_line(error)}"))
+            death = EngineDeadError(f"the engine's process ended: {first_line(error)}")
+            if isinstance(error, ActorDiedError):  # not one that is out of reach for a moment
+                self._death = self._death or death
+            # Where the watch has ended the process, it knows better why.
+            return Refusal(self._death or death)
         except RayTaskError as error:
             if not isinstance(error.cause, BallonetError):
                 raise
             has_ended = True
-            yield Refusal(error.cause)
+            return Refusal(error.cause)
         finally:
             if not has_ended:
-                # Where Serve cancels this call, Ray cancels the engine's generator as well, and may
-                # cancel this very message with it (seen with Ray 2.60): either way is enough.
+                # Where Serve cancels this call, Ray cancels the engine's as well, and may cancel this very
+                # message with it (seen with Ray 2.60): either way is enough.
                 self._engine.cancel.remote(request.request_id)
+        return None
 
     async def snapshot(self) -> EngineSnapshot | None:
         """Facts of this moment; None when the engine is dead."""
@@ -146,11 +167,46 @@ class TpGroup:
         }
 
     async def check_health(self) -> None:
-        """Asks the engine's step loop, not only the process. Serve replaces the replica if it raises."""
-        await self._engine.check_health.remote()
+        """Tells what the watch has found. Serve replaces the replica if it raises, or is gone."""
+        if self._death is not None:
+            raise self._death
+        if self._watch is None or self._watch.done():
+            raise EngineDeadError("nobody watches the engine any more")
 
     async def __del__(self) -> None:
+        self._together.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
             await asyncio.wait_for(self._engine.shutdown.remote(), _SHUTDOWN_S)
-        self._watch.cancel()
         self._ranks.kill()
+
+    async def _watch_engine(self) -> None:
+        """Looks at the step loop, not only at the processes, until a rank is dead."""
+        loop = asyncio.get_running_loop()
+        well_s = loop.time()
+        while self._death is None:
+            left_s = well_s + self._step_timeout_s - loop.time()
+            try:
+                await asyncio.wait_for(self._engine.check_health.remote(), left_s)
+                well_s = loop.time()
+            except ActorUnavailableError:
+                pass  # the connection broke; the process may be well
+            except TimeoutError:
+                self._death = EngineDeadError(f"the engine has not answered for {self._step_timeout_s:.0f} s")
+            except (RayActorError, RayTaskError) as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                self._death = EngineDeadError(f"the engine is dead: {first_line(cause)}")
+            await asyncio.sleep(_WATCH_S if self._death is None else 0)
+        await self._end(self._death)
+
+    async def _end(self, death: EngineDeadError) -> NoReturn:
+        """A group that lacks a rank is of no use, and the router would like it, as it has nothing to do.
+
+        An ended process is what routers and Serve's controller notice soonest: a replica that is merely
+        unhealthy is asked three times, and then waited for.
+        """
+        _log.error("this group ends, to be replaced: %s", death)
+        self._ranks.kill()
+        await asyncio.sleep(_LAST_WORDS_S)
+        os._exit(1)

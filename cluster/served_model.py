@@ -1,6 +1,7 @@
 """One model as the ingress sees it: a `cluster.streaming.ServedModel` over a Serve handle.
 
-Turns Ray's errors into Ballonet's and makes sure that a stream nobody reads is cancelled.
+Turns Ray's errors into Ballonet's, makes sure that a request nobody reads is cancelled, and gives one whose
+group died before its first token to another. The request goes by Serve, its tokens come to a `TokenInbox`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.group import TRIM_S, Refusal
+from cluster.token_inbox import TokenInbox, TokenStream
 from cluster.tokenizer import Tokenizer
 from engine.errors import BallonetError, EngineDeadError, OverloadedError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
@@ -22,6 +24,10 @@ T = TypeVar("T")
 
 _ANSWER_S = 2.0  # a group that takes longer to answer a control call is not well
 _TRIM_S = TRIM_S + 5.0  # a group answers in TRIM_S whatever its engine does
+NO_GROUP_S = 300.0  # longer than a group takes to load, if it can be had at all
+LAST_DELTA_S = 10.0  # from the end of a call to its last delta, which left before it
+_REROUTE_S = 10.0  # for a group that is known to be dead to leave the router's list: it takes half a second
+_REROUTE_PAUSE_S = 0.1
 
 
 class GroupsOfModel:
@@ -32,16 +38,29 @@ class GroupsOfModel:
         created: Unix time of the deployment.
         tokenizer: loaded, so that no request waits for it and its faults show at start.
         handle: of the model's TpGroup deployment.
+        inbox: of this process.
+        last_delta_s: how long after the end of a call its last delta may come.
+        no_group_s: how long a request waits where no group is up.
     """
 
     def __init__(
-        self, model_id: str, created: int, tokenizer: Tokenizer, handle: DeploymentHandle[Any]
+        self,
+        model_id: str,
+        created: int,
+        tokenizer: Tokenizer,
+        handle: DeploymentHandle[Any],
+        inbox: TokenInbox,
+        last_delta_s: float = LAST_DELTA_S,
+        no_group_s: float = NO_GROUP_S,
     ) -> None:
         self.model_id = model_id
         self.created = created
         self._tokenizer = tokenizer
         self._handle = handle
-        self._stream = handle.options(method_name="generate", stream=True)
+        self._generate = handle.options(method_name="generate")
+        self._inbox = inbox
+        self._last_delta_s = last_delta_s
+        self._no_group_s = no_group_s
         self._info: EngineInfo | None = None
 
     async def info(self) -> EngineInfo:
@@ -58,28 +77,63 @@ class GroupsOfModel:
         return self._tokenizer
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
-        """The request's deltas from one group.
+        """The request's deltas from one group; another one's, if the first died before any.
 
         Raises:
             RequestError, OverloadedError, EngineDeadError
         """
-        response = self._stream.remote(request)
-        has_ended = False
+        call, delta = await self._begin(request)
         try:
-            async for item in response:
-                if isinstance(item, Refusal):
-                    raise item.error
-                has_ended = item.finish_reason is not None
-                yield item
-        except (GeneratorExit, asyncio.CancelledError):
-            # Dropping the response is not enough: measured with Ray 2.60, the group generates on.
-            if not has_ended:
-                response.cancel()
-            raise
-        except BackPressureError as error:
-            raise OverloadedError(f"all groups of {self.model_id} are full: {error.message}") from error
-        except (RayActorError, DeploymentUnavailableError) as error:
-            raise EngineDeadError(f"the group that served this request of {self.model_id} ended") from error
+            while delta.finish_reason is None:
+                yield delta
+                delta = await call.stream.get()
+            call.has_ended = True
+            yield delta
+        finally:
+            call.close()
+
+    async def _begin(self, request: GenerateRequest) -> tuple[_Call, TokenDelta]:
+        """A call and its first delta. A group that dies may have died of the request: it gets a second
+        one, and no third."""
+        loop = asyncio.get_running_loop()
+        num_begun, give_up_s = 0, loop.time() + _REROUTE_S
+        while True:
+            stream = self._inbox.open(request.request_id)
+            response = self._generate.remote(request, stream.reply_to)
+            call = _Call(self.model_id, response, stream, self._last_delta_s)
+            try:
+                return call, await self._first(call)
+            except _GroupDiedError as death:
+                call.close()
+                num_begun += death.was_begun
+                if num_begun > 1 or loop.time() > give_up_s:
+                    raise
+            except BaseException:
+                call.close()
+                raise
+            await asyncio.sleep(_REROUTE_PAUSE_S)
+
+    async def _first(self, call: _Call) -> TokenDelta:
+        """The first delta. A group may take long to come to it; but Serve would wait forever for a group."""
+        while True:
+            try:
+                async with asyncio.timeout(self._no_group_s):
+                    return await call.stream.get()
+            except TimeoutError:
+                if not await self._is_up():
+                    raise EngineDeadError(
+                        f"no group of {self.model_id} has been up for this request; try again later"
+                    ) from None
+
+    async def _is_up(self) -> bool:
+        """Whether there is a group, however long it takes to answer."""
+        try:
+            response = self._handle.broadcast("info")
+            return bool(await response.results_async(timeout_s=_ANSWER_S, return_exceptions=True))
+        except TimeoutError:
+            return True
+        except DeploymentUnavailableError:
+            return False
 
     async def is_healthy(self) -> bool:
         """Whether at least one engine answers."""
@@ -100,6 +154,68 @@ class GroupsOfModel:
             else EngineDeadError(f"a group of {self.model_id} did not answer")
             for answer in answers
         ]
+
+
+class _GroupDiedError(EngineDeadError):
+    """The group of a request is dead; `was_begun` as in Refusal. Stays within this process."""
+
+    def __init__(self, message: str, was_begun: bool) -> None:
+        super().__init__(message)
+        self.was_begun = was_begun
+
+
+class _Call:
+    """One attempt at one request: a call of a group that is open as long as it, and the stream it fills.
+
+    The last delta ends the stream. The end of the call, which may come before it, matters if it is an error.
+    """
+
+    def __init__(
+        self, model_id: str, response: DeploymentResponse[Any], stream: TokenStream, last_delta_s: float
+    ) -> None:
+        self.stream = stream
+        self.has_ended = False
+        self._model_id = model_id
+        self._response = response
+        self._last_delta_s = last_delta_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._task = asyncio.create_task(self._watch())
+
+    def close(self) -> None:
+        """Nobody reads any more: cancel what has not ended."""
+        self.stream.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        elif not self.has_ended and not self._task.done():
+            # Dropping the response is not enough: measured with Ray 2.60, the group generates on.
+            self._response.cancel()
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        try:
+            refusal: Refusal | None = await self._response
+        except Exception as error:
+            self.stream.fail(self._explain(error))
+            return
+        if refusal is None:
+            lost = EngineDeadError("the engine ended this request, but its last tokens have not come")
+            if not self.has_ended:
+                self._timer = asyncio.get_running_loop().call_later(
+                    self._last_delta_s, self.stream.fail, lost
+                )
+        elif isinstance(refusal.error, EngineDeadError):
+            self.stream.fail(_GroupDiedError(str(refusal.error), refusal.was_begun))
+        else:
+            self.stream.fail(refusal.error)
+
+    def _explain(self, error: Exception) -> Exception:
+        if isinstance(error, BackPressureError):
+            return OverloadedError(f"all groups of {self._model_id} are full: {error.message}")
+        if isinstance(error, RayActorError):
+            return _GroupDiedError(f"the group that served this request of {self._model_id} ended", True)
+        if isinstance(error, DeploymentUnavailableError):
+            return EngineDeadError(f"no group of {self._model_id} can be had: {error}")
+        return error
 
 
 async def snapshots_of(handle: DeploymentHandle[Any]) -> list[EngineSnapshot]:

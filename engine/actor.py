@@ -1,6 +1,7 @@
 """EngineActor: an engine with a Ray address. The only file of the engine that knows of Ray.
 
-The engine lives in a thread of its own; the actor's event loop moves requests in and deltas out.
+The engine lives in a thread of its own; the actor's event loop moves requests in. Deltas go out past Ray
+(`engine.token_sender`): a call of `generate` is open as long as its request, and carries no tokens.
 Light to import: torch is loaded when an actor is made, not where its class is named.
 """
 
@@ -10,12 +11,14 @@ import asyncio
 import gc
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
-from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
+from engine.token_sender import TokenSender
 from engine.tp.place import RankPlace
 
 if TYPE_CHECKING:
@@ -26,38 +29,25 @@ logger = logging.getLogger(__name__)
 _STOP_S = 10.0  # a step takes well under a second; a thread that needs longer is stuck
 
 
-class _Stream:
-    """What one client has not read yet. Touched by the event loop alone."""
-
-    def __init__(self) -> None:
-        self._pending: TokenDelta | None = None
-        self._ready = asyncio.Event()
-
-    def put(self, delta: TokenDelta) -> None:
-        """Deltas that pile up become one, so that a slow reader costs no memory per step."""
-        self._pending = delta if self._pending is None else self._pending.then(delta)
-        self._ready.set()
-
-    async def get(self) -> TokenDelta:
-        while self._pending is None:
-            self._ready.clear()
-            await self._ready.wait()
-        delta, self._pending = self._pending, None
-        return delta
-
-
 class EngineActor:
     """One engine, served to other processes. Wrap it with `ray.remote`; all methods are coroutines.
 
     Args:
         config: of the engine. Loading starts at once, in the background; `info` waits for it.
         place: of the first rank, if the engine has several; the others are `RankActor`s.
+        clock: the engine's own, by which its steps are watched.
     """
 
-    def __init__(self, config: EngineConfig, place: RankPlace | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        place: RankPlace | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
         self._place = place
-        self._streams: dict[str, _Stream] = {}
+        self._clock = clock
+        self._sender = TokenSender(self._cancel)
         self._stop = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
@@ -74,35 +64,33 @@ class EngineActor:
         """
         return (await self._ready()).info
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
-        """Deltas of one request as they come; what piles up between two reads comes as one.
+    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
+        """Sends the request's deltas to `reply_to` as they come, and returns when the last one is sent.
 
-        A reader that goes away cancels the request.
+        Whoever cancels this call cancels the request; so does an ingress that goes away.
 
         Raises:
-            RequestError, OverloadedError, EngineDeadError: before the first delta.
+            RequestError, OverloadedError: it was not taken.
+            EngineDeadError: nobody can finish it here.
         """
         engine = await self._ready()
         self._loop = asyncio.get_running_loop()
-        if request.request_id in self._streams:
+        if self._sender.is_open(request.request_id):
             raise RequestError(f"a request with the id {request.request_id!r} is still open")
-        stream = self._streams[request.request_id] = _Stream()
-        done = False
+        ended = self._sender.open(request.request_id, reply_to)
+        has_ended = False
         try:
             engine.submit(request)
-            while not done:
-                delta = await stream.get()
-                done = delta.finish_reason is not None
-                yield delta
+            await ended
+            has_ended = True
         finally:
-            self._streams.pop(request.request_id, None)
-            if not done:
+            self._sender.close(request.request_id)
+            if not has_ended:
                 engine.cancel(request.request_id)
 
     async def cancel(self, request_id: str) -> None:
         """End a request at the top of the next step; an id that is unknown or has ended is ignored."""
-        if self._engine is not None:
-            self._engine.cancel(request_id)
+        self._cancel(request_id)
 
     async def snapshot(self) -> EngineSnapshot:
         """The engine's state after its newest step."""
@@ -123,9 +111,20 @@ class EngineActor:
             raise
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError if the step loop has ended, whatever else still answers."""
+        """Raise EngineDeadError if the step loop has ended or stands still, whatever else still answers."""
         if self._failure is not None:
             raise EngineDeadError(f"the engine did not start: {self._failure}")
+        if self._engine is None:
+            return  # it loads; whoever waits for `info` sees how that ends
+        self._check_alive()
+        # Made anew after every step, and twice a second where there is nothing to do.
+        still_s = self._clock() - self._engine.snapshot.monotonic_s
+        if still_s > self._config.step_timeout_s:
+            raise EngineDeadError(
+                f"no step has ended for {still_s:.0f} s (step_timeout_s is {self._config.step_timeout_s:.0f})"
+            )
+
+    def _check_alive(self) -> None:
         if self._engine is not None:
             self._engine.check_alive()
             if not self._thread.is_alive():
@@ -137,6 +136,7 @@ class EngineActor:
         if self._engine is not None:
             self._engine.cancel("")  # wakes the loop
         await asyncio.to_thread(self._thread.join, _STOP_S)
+        self._sender.shut()
 
     async def _ready(self) -> Engine:
         if not self._loaded.is_set():
@@ -164,14 +164,24 @@ class EngineActor:
         gc.freeze()
         self._engine.run_until(self._stop)
 
+    def _cancel(self, request_id: str) -> None:
+        if self._engine is not None:
+            self._engine.cancel(request_id)
+
     def _publish(self, deltas: Sequence[TokenDelta]) -> None:
         if self._loop is not None and deltas:
             self._loop.call_soon_threadsafe(self._deliver, deltas)
 
     def _deliver(self, deltas: Sequence[TokenDelta]) -> None:
-        for delta in deltas:
-            if (stream := self._streams.get(delta.request_id)) is not None:
-                stream.put(delta)
+        try:
+            self._check_alive()
+        except EngineDeadError as death:
+            # These are its last words. An error of the engine's, not the request's: it may go elsewhere.
+            for delta in deltas:
+                if delta.finish_reason == "error":
+                    self._sender.fail(delta.request_id, death)
+            deltas = [delta for delta in deltas if delta.finish_reason != "error"]
+        self._sender.put(deltas)
 
 
 class RankActor:

@@ -12,6 +12,7 @@ from typing import Literal
 from engine.errors import ConfigError
 
 MIB = 1 << 20
+DEFAULT_STEP_TIMEOUT_S = 300.0
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -224,6 +225,8 @@ class EngineConfig:
         enforce_eager: launch every kernel from Python instead of replaying CUDA graphs. Slower; shows
             in a profile or a stack trace where something happens.
         tensor_parallel_size: devices that hold one copy of the model together.
+        step_timeout_s: an engine of which no step has ended for so long is given up and replaced. Longer
+            than the longest step: a prompt of the largest piece, on a CPU minutes.
     """
 
     model: ModelSource
@@ -235,7 +238,10 @@ class EngineConfig:
     num_threads: int | None = None
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
+    step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:
             raise ConfigError(f"tensor_parallel_size must be at least 1, not {self.tensor_parallel_size}")
+        if not self.step_timeout_s > 0:
+            raise ConfigError(f"step_timeout_s must be positive, not {self.step_timeout_s}")

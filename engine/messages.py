@@ -231,6 +231,21 @@ class TokenDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """Where the deltas of one request are to go (`engine.token_wire`).
+
+    Attributes:
+        address: ZMQ endpoint that its ingress process listens on.
+        secret: what that process believes a sender by; drawn anew by each process.
+        stream: the request's number there; one that is retried gets another.
+    """
+
+    address: str
+    secret: bytes = field(repr=False)
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemorySnapshot:
     """Who has the memory of one device, now.
 

@@ -36,8 +36,12 @@ def llm(model_id: str, source: Path | str, tokenizer: Path, **sections: Any) -> 
             "model_source": str(source),
             "tokenizer_source": str(tokenizer),
         },
-        "engine_kwargs": {"device": "cpu"},
-        "deployment_config": {"health_check_period_s": 0.5, "graceful_shutdown_timeout_s": 1.0}
+        "engine_kwargs": sections.pop("engine_kwargs", {"device": "cpu"}),
+        "deployment_config": {
+            "health_check_period_s": 0.5,
+            "graceful_shutdown_timeout_s": 1.0,
+            "graceful_shutdown_wait_loop_s": 0.2,
+        }
         | sections.pop("deployment_config", {}),
         **sections,
     }
@@ -61,11 +65,15 @@ def serve_file(port: int, name: str, route: str, *llms: dict[str, Any]) -> Serve
     )
 
 
-@pytest.fixture(scope="package")
-def port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="package")
+def port() -> int:
+    return free_port()
 
 
 @pytest.fixture(scope="package")

@@ -1,16 +1,19 @@
 """An engine actor without a model: the shape of `engine.actor.EngineActor`, tokens by arithmetic.
 
 What the first token of a prompt asks for:  token 1 is answered at once, 2 slowly and without end, 3 is
-refused as a wrong request, 4 as overload, 5 kills the process after one token. A prompt that was seen with
-the same salt is cached but for its last token, in a chunk of its own.
+refused as a wrong request, 4 as overload, 5 kills the process after one token, 6 before any, 7 does so once:
+another process that sees it answers. 8 gets one token, and then the step loop stands still. A prompt that was
+seen with the same salt is cached but for its last token, in a chunk of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections import Counter
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, ModelLoadError, OverloadedError, RequestError
@@ -19,11 +22,13 @@ from engine.messages import (
     EngineSnapshot,
     GenerateRequest,
     MemorySnapshot,
+    ReplyTo,
     TokenDelta,
 )
+from engine.token_sender import TokenSender
 
 TOTAL, CHUNK_BYTES = 64, 1 << 20
-QUICK, SLOW, WRONG, FULL, FATAL = 1, 2, 3, 4, 5
+QUICK, SLOW, WRONG, FULL, FATAL, POISON, UNLUCKY, STUCK = 1, 2, 3, 4, 5, 6, 7, 8
 
 
 class FakeEngine:
@@ -35,6 +40,8 @@ class FakeEngine:
         self._cache: set[tuple[str, tuple[int, ...]]] = set()
         self._created = TOTAL
         self._queries = self._hits = 0
+        self._sender = TokenSender(self._running.discard)
+        self._is_stuck = False
 
     async def info(self) -> EngineInfo:
         if self._config.model.source == "missing":
@@ -53,7 +60,7 @@ class FakeEngine:
             load_s=0.1,
         )
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
         order = request.prompt_token_ids[0]
         if order == WRONG:
             raise RequestError("this prompt is wrong", "prompt", "bad_prompt")
@@ -62,12 +69,15 @@ class FakeEngine:
         self._running.add(request.request_id)
         self._created = max(self._created, len(self._running) + len(self._cache))
         reason = "cancelled"
+        ended = self._sender.open(request.request_id, reply_to)
         try:
             async for delta in self._tokens(request, order):
                 self._generated += len(delta.token_ids)
                 reason = delta.finish_reason or reason
-                yield delta
+                self._sender.put([delta])
+            await ended
         finally:
+            self._sender.close(request.request_id)
             self._running.discard(request.request_id)
             self._finished[reason] += 1
 
@@ -78,6 +88,8 @@ class FakeEngine:
         self._cache.add(key)
         self._queries += len(request.prompt_token_ids)
         self._hits += cached
+        if order == POISON or (order == UNLUCKY and _is_first(request)):
+            os._exit(1)
         for step in range(last + 1):
             await asyncio.sleep(0.05 if order == SLOW else 0.005)
             reason = "length" if step == last else None
@@ -87,7 +99,11 @@ class FakeEngine:
             if request.request_id not in self._running:
                 yield TokenDelta(request.request_id, (), finish_reason="cancelled")
                 return
+            if order == STUCK:
+                self._is_stuck = True
+                await asyncio.Event().wait()
             if order == FATAL:
+                await asyncio.sleep(0.5)  # the token leaves
                 os._exit(1)
 
     async def cancel(self, request_id: str) -> None:
@@ -132,9 +148,21 @@ class FakeEngine:
             prefix_hits=self._hits,
         )
 
+    async def pid(self) -> int:
+        return os.getpid()
+
     async def check_health(self) -> None:
-        if self._config.model.source == "dead":
-            raise EngineDeadError("the step loop has ended")
+        if self._is_stuck:
+            raise EngineDeadError("no step has ended for 300 s")
 
     async def shutdown(self) -> None:
         self._running.clear()
+
+
+def _is_first(request: GenerateRequest) -> bool:
+    """Whether no process on this machine has seen the request before."""
+    try:
+        (Path(tempfile.gettempdir()) / f"ballonet-{request.request_id}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

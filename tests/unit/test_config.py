@@ -98,6 +98,7 @@ def test_every_engine_field_arrives() -> None:
         "load_format": "dummy",
         "seed": 9,
         "num_threads": 2,
+        "step_timeout_s": 60,
     }
     memory = {
         "mode": "virtual",
@@ -116,6 +117,7 @@ def test_every_engine_field_arrives() -> None:
     engine = to_engine_config(validate(ServingArgs, llm).llm_configs[0], "cuda")
     assert engine.model == ModelSource("m", "a/b", "c/d", "dummy", "float16", 9)
     assert (engine.device, engine.max_model_len, engine.num_threads) == ("cuda", 100, 2)
+    assert engine.step_timeout_s == 60.0
     assert engine.scheduler == SchedulerConfig(**SCHEDULER)
     assert set(SCHEDULER) == {field.name for field in fields(SchedulerConfig)}
     assert [name for name, value in SCHEDULER.items() if value == getattr(SchedulerConfig(), name)] == []
@@ -220,6 +222,7 @@ def test_all_faults_are_named_at_once() -> None:
         ({"memory": {"enable_prefix_caching": True}}, "enable_prefix_caching: belongs into engine_kwargs"),
         ({"engine_kwargs": {"enable_prefix_caching": "yes"}}, "should be a valid boolean, not 'yes'"),
         ({"engine_kwargs": {"max_prefill_tokens": 8}}, "(8) must be at least max_num_batched_tokens (2048)"),
+        ({"engine_kwargs": {"step_timeout_s": 0}}, "step_timeout_s: should be greater than 0, not 0"),
         ({"memory": {"balloon_bytes": -1}}, "memory.balloon_bytes must be at least 0, not -1"),
         ({"memory": {"balloon_bytes": "off"}}, "memory.balloon_bytes: 'off' is no size; write bytes"),
         ({"memory": {"balloon_slab_bytes": 0}}, "memory.balloon_slab_bytes must be positive, not 0"),

@@ -15,6 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from cluster.ingress import IngressConfig, create_app
+from cluster.token_inbox import TokenInbox
 from cluster.tokenizer import Tokenizer
 from engine.actor import EngineActor
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
@@ -87,12 +88,22 @@ class LocalModel(DemoModel):
     def __init__(self, tokenizer: Tokenizer, actor: EngineActor) -> None:
         super().__init__(tokenizer, 1)
         self._actor = actor
+        self._inbox = TokenInbox("127.0.0.1")
 
     async def info(self) -> EngineInfo:
         return await self._actor.info()
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:  # type: ignore[override]
-        return self._actor.generate(request)
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:  # type: ignore[override]
+        stream = self._inbox.open(request.request_id)
+        call = asyncio.create_task(self._actor.generate(request, stream.reply_to))
+        try:
+            while not (delta := await stream.get()).finish_reason:
+                yield delta
+            yield delta
+            await call
+        finally:
+            stream.close()
+            call.cancel()
 
     async def snapshot(self) -> list[EngineSnapshot]:
         return [await self._actor.snapshot()]
@@ -235,3 +246,34 @@ def test_a_trim_that_meets_a_shutdown_is_done_or_told_why_not(demo_model_path: P
     assert isinstance(told, int | EngineDeadError)
     with pytest.raises(EngineDeadError, match="was shut down"):
         asyncio.run(actor.trim())
+
+
+def test_a_step_loop_that_stands_still_is_noticed(demo_model_path: Path) -> None:
+    config = EngineConfig(
+        ModelSource("demo", str(demo_model_path)),
+        MemoryConfig(pool_bytes=64 * MIB),
+        max_model_len=512,
+        step_timeout_s=60.0,
+    )
+    ahead_s = 0.0  # of a step loop that does not come round
+    actor = EngineActor(config, clock=lambda: time.monotonic() + ahead_s)
+
+    async def check(seconds: float) -> None:
+        nonlocal ahead_s
+        ahead_s = seconds
+        await actor.check_health()
+
+    async def case() -> None:
+        await check(1000.0)  # it loads, which may take long
+        await actor.info()
+        await asyncio.sleep(1.0)  # idle: the loop comes round all the same
+        await check(0.0)
+        await check(30.0)
+        with pytest.raises(EngineDeadError, match="no step has ended for"):
+            await check(1000.0)
+        await check(0.0)
+        await actor.shutdown()
+        with pytest.raises(EngineDeadError, match="was shut down"):
+            await check(0.0)
+
+    asyncio.run(case())
