@@ -28,6 +28,7 @@ from pydantic import (
 from cluster.config_errors import explain
 from cluster.config_ingress import IngressSection
 from cluster.config_values import Bytes, Section, Source
+from cluster.policy import PolicyConfig
 from engine.config import (
     Device,
     Dtype,
@@ -45,8 +46,10 @@ from engine.errors import ConfigError
 
 # The defaults stand in engine.config alone.
 _SCHEDULER, _MEMORY, _SLO = EngineSchedulerConfig(), MemoryConfig(), SloConfig()
+_POLICY = PolicyConfig()
 _SCHEDULER_FIELDS = {field.name for field in fields(EngineSchedulerConfig)}
 
+Share = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -193,6 +196,15 @@ class LLMConfig(Section):
         """Where the tokenizer is."""
         return self.model_loading_config.tokenizer_source or self.model_source
 
+    @property
+    def most_ranks(self) -> int:
+        """Engines that may run at once."""
+        options = self.deployment_config
+        most = options.num_replicas if isinstance(options.num_replicas, int) else 1
+        if options.autoscaling_config is not None:
+            most = options.autoscaling_config.max_replicas or options.autoscaling_config.min_replicas or most
+        return most * self.engine_kwargs.tensor_parallel_size
+
     @model_validator(mode="after")
     def _engine_agrees(self) -> Self:
         try:
@@ -203,9 +215,32 @@ class LLMConfig(Section):
 
 
 class ControllerSection(Section):
-    """`tick_s`: seconds between two looks at all groups."""
+    """What divides each node's host memory among the balloons of its groups, and weighs groups.
 
+    `enabled: false` only looks, for the metrics: every balloon stays as it was made. `tick_s`: seconds
+    between two looks at all groups. The others are `cluster.policy.PolicyConfig`'s.
+    """
+
+    enabled: bool = True
     tick_s: PositiveFloat = 1.0
+    host_memory_bytes: Bytes | None = _POLICY.host_memory_bytes
+    reserve: Share = _POLICY.reserve
+    floor: Share = _POLICY.floor
+    headroom: float = Field(default=_POLICY.headroom, ge=1)
+    need_half_life_s: PositiveFloat = _POLICY.need_half_life_s
+    dead_band: Share = _POLICY.dead_band
+    dwell_s: NonNegativeFloat = _POLICY.dwell_s
+    target: Share = _POLICY.target
+    patience_s: NonNegativeFloat = _POLICY.patience_s
+    least_weight: float = Field(default=_POLICY.least_weight, gt=0, le=1)
+    recovery: PositiveFloat = _POLICY.recovery
+    replica_patience_s: PositiveFloat = _POLICY.replica_patience_s
+    replica_idle_s: PositiveFloat = _POLICY.replica_idle_s
+    forget_s: PositiveFloat = _POLICY.forget_s
+
+    def policy(self) -> PolicyConfig | None:
+        """The constants of the decisions; None if it is to look only."""
+        return PolicyConfig(**self.model_dump(exclude={"enabled", "tick_s"})) if self.enabled else None
 
 
 class ServingArgs(Section):
@@ -284,8 +319,13 @@ def load(path: Path) -> ServeFile:
         raise ConfigError(f"{path} has errors:\n{error}") from error
 
 
-def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
-    """What the engine of one rank needs, for a device that is already decided. Raises ConfigError."""
+def to_engine_config(llm: LLMConfig, device: Device, balloon_share: float | None = None) -> EngineConfig:
+    """What the engine of one rank needs, for a device that is already decided. Raises ConfigError.
+
+    Args:
+        balloon_share: of the host memory available at its start, for a balloon without a size.
+    """
+    memory = llm.memory.model_dump() | ({} if balloon_share is None else {"balloon_share": balloon_share})
     kwargs = llm.engine_kwargs
     return EngineConfig(
         model=ModelSource(
@@ -296,7 +336,7 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
             dtype=kwargs.dtype,
             seed=kwargs.seed,
         ),
-        memory=MemoryConfig(**llm.memory.model_dump(), enable_prefix_caching=kwargs.enable_prefix_caching),
+        memory=MemoryConfig(**memory, enable_prefix_caching=kwargs.enable_prefix_caching),
         scheduler=EngineSchedulerConfig(**kwargs.model_dump(include=_SCHEDULER_FIELDS)),
         slo=SloConfig(**llm.slo.model_dump()),
         device=device,

@@ -21,7 +21,11 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.metrics import GroupMetrics, RayBackend
+from cluster.ranking import routing_stats
+from cluster.reports import GroupReport, Instruction, InstructionAnswer
+from cluster.scaling import WANTED
 from engine.config import EngineConfig
+from engine.control import OrderAnswer
 from engine.errors import BallonetError, EngineDeadError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
 
@@ -29,6 +33,7 @@ ENGINE_BUNDLE = 1  # bundle 0 of the placement group holds the replica itself
 _SHUTDOWN_S = 10.0
 # To the top of the next step, which may be a long prefill, and then through the driver: 80 GiB take 1.3 s.
 TRIM_S = 30.0
+_ENGINE_S = 1.5  # for a control call: less than the controller waits for the group
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ class TpGroup:
         if config.device == "cpu" and config.num_threads is None:
             # Ray limits OpenMP to the CPUs an actor reserves, and a CPU rank reserves half of one.
             config = dataclasses.replace(config, num_threads=len(os.sched_getaffinity(0)))
+        self._config = config
+        self._wanted_replicas = 0
         self._engine = _place(engine_class, resources, max_concurrency).remote(config)
         try:
             self._info: EngineInfo = await self._engine.info.remote()
@@ -124,19 +131,43 @@ class TpGroup:
             return Refusal(error.cause)
         return released
 
+    async def report(self) -> GroupReport:
+        """What the controller wants to know."""
+        try:
+            snapshot = await asyncio.wait_for(self.snapshot(), _ENGINE_S)
+        except TimeoutError:
+            snapshot = None
+        return GroupReport(
+            serve.get_replica_context().replica_id.unique_id,
+            self._config.model.model_id,
+            1,
+            self._config.slo.ttft_ms / 1e3,
+            snapshot,
+            self._wanted_replicas,
+        )
+
+    async def instruct(self, instructions: Mapping[str, Instruction]) -> InstructionAnswer | None:
+        """Follow what the controller wants of this group; None if it wants nothing."""
+        group_id = serve.get_replica_context().replica_id.unique_id
+        if (mine := instructions.get(group_id)) is None:
+            return None
+        self._wanted_replicas = mine.wanted_replicas
+        answer: OrderAnswer | None = None
+        with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):  # the controller says it again
+            answer = await asyncio.wait_for(self._engine.apply.remote(mine.order), _ENGINE_S)
+        return InstructionAnswer(group_id, answer)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `cluster.scaling` reads: the groups that this model should have; 0 if nobody has said."""
+        return {WANTED: float(self._wanted_replicas)}
+
     async def record_routing_stats(self) -> dict[str, float]:
         """What `cluster.router` reads. Serve asks once per period, which also paces the metrics."""
         snapshot = await self.snapshot()
         if snapshot is None:
             return {}
         self._metrics.export(snapshot)
-        return {
-            "num_running": snapshot.num_running,
-            "num_waiting": snapshot.num_waiting,
-            # Of live sequences alone: cached prefixes are given up when a request needs their memory.
-            "kv_usage": snapshot.memory.kv / max(snapshot.memory.total, 1),
-            "num_steps": snapshot.num_steps,
-        }
+        return routing_stats(snapshot, self._config.slo.ttft_ms / 1e3)
 
     async def check_health(self) -> None:
         """Asks the engine's step loop, not only the process. Serve replaces the replica if it raises."""

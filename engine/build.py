@@ -123,7 +123,7 @@ def _add_balloon(pool: MemoryPool, memory: MemoryConfig, device: torch.device, v
     on_gpu = device.type == "cuda"
     nbytes = memory.balloon_bytes
     if nbytes is None:
-        nbytes = available_bytes() // 2 if on_gpu else 0
+        nbytes = int(available_bytes() * memory.balloon_share) if on_gpu else 0
     num_chunks = nbytes // vm.chunk_bytes
     if memory.mode == "static" or not num_chunks:
         return
