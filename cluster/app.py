@@ -125,7 +125,7 @@ def _group(
         if llm.placement_group_config
         else "STRICT_PACK",
         request_router_config=RequestRouterConfig(
-            request_router_class="cluster.router:LeastWorkRouter",
+            request_router_class="cluster.router:SloRouter",
             request_routing_stats_period_s=_STATS_PERIOD_S,
         ),
         logging_config={"enable_access_log": False},

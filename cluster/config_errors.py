@@ -28,7 +28,7 @@ UNSUPPORTED = {
     "bundles": "is not supported; use bundle_per_worker",
     "ray_actor_options": "is not supported; use placement_group_config.bundle_per_worker",
     "placement_group_bundles": "belongs into placement_group_config.bundle_per_worker",
-    "request_router_config": "is not supported; requests go to the group with the least work",
+    "request_router_config": "is not supported; requests go where their first token comes soonest",
     "gpu_memory_utilization": _NO_FRACTION,
     "mem_fraction_static": _NO_FRACTION,
     "swap_space": "is not supported; memory.balloon_bytes is the host memory that KV may move to",

@@ -56,8 +56,8 @@ def divide(claims: Sequence[Claim], budget: int, floor: int, dead_band: int) -> 
     """
     shares = fair_shares(claims, budget, floor)
     lacks = {claim.group_id: _lack(claim, shares[claim.group_id], dead_band) for claim in claims}
-    free = budget - sum(max(claim.current, claim.physical) for claim in claims)
-    sizes = _shrink(claims, shares, sum(lacks.values()) - free)
+    coming = budget - sum(claim.current for claim in claims)  # once slabs that are going have gone
+    sizes = _shrink(claims, shares, sum(lacks.values()) - coming)
     free = budget - sum(max(sizes[claim.group_id], claim.physical) for claim in claims)
     _grow(claims, lacks, sizes, free)
     return sizes

@@ -21,6 +21,8 @@ from cluster.reports import GroupReport, Instruction
 from engine.control import Order
 from engine.errors import ConfigError
 
+_SAME = 0.05  # what a node has available changes by less all the time
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
@@ -34,7 +36,7 @@ class PolicyConfig:
             next order has been carried out, which takes seconds of pinning.
         need_half_life_s: a need that has gone counts half after so long: gaps of a few seconds between bursts
             take nobody's memory away.
-        dead_band: share of a node's memory; moves of less are not made.
+        dead_band: share of an equal part; moves of less are not made.
         dwell_s: a lever does not go back within; several times what a slab takes to change hands (0.2 s).
         target: share of promises to be kept. Below it a group counts as late.
         patience_s: lateness of next tokens that lasts so long is no burst, and beyond the engine's means.
@@ -52,7 +54,7 @@ class PolicyConfig:
     floor: float = 0.1
     headroom: float = 1.25
     need_half_life_s: float = 5.0
-    dead_band: float = 0.05
+    dead_band: float = 0.1
     dwell_s: float = 10.0
     target: float = 0.95
     patience_s: float = 5.0
@@ -194,7 +196,7 @@ def _budgets(groups: Mapping[str, Outlook], state: State, config: PolicyConfig) 
         if budget is None and host is not None:
             budget = max(0, host.host_available + held - int(config.reserve * host.host_total))
         before = state.budgets.get(node_id)
-        is_same = before is not None and abs((budget or 0) - before) < config.dead_band * before
+        is_same = before is not None and abs((budget or 0) - before) < _SAME * before
         budgets[node_id] = before if is_same and before is not None else budget or 0
     return budgets
 
@@ -219,7 +221,7 @@ def _divide_node(
     if not claims:
         return dict(members)
     floor = int(config.floor * budget / len(claims))
-    sizes = divide(claims, budget, floor, int(config.dead_band * budget))
+    sizes = divide(claims, budget, floor, int(config.dead_band * budget / len(claims)))
     return dict(members) | {
         group_id: one.with_size(sizes[group_id], now, _why(one, sizes[group_id], config))
         for group_id, one in elastic.items()

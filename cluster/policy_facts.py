@@ -11,6 +11,7 @@ from engine.control import Order
 from engine.messages import EngineSnapshot
 
 JUDGED_S = 10.0  # promises of that long ago count 1/e: a few hundred requests at 30 a second
+ENOUGH = 5.0  # promises, faded, to judge by
 _USABLE = 0.9  # of the pool, for KV: activations and the ends of chunks take the rest
 _TYPICAL = 1 / 16  # of the pool, for a sequence, until one has been seen
 
@@ -128,7 +129,7 @@ class Kept:
     def share(self) -> float:
         """Of those kept; 1 while hardly any are known."""
         known = self.kept + self.missed
-        return self.kept / known if known >= 1 else 1.0
+        return self.kept / known if known >= ENOUGH else 1.0
 
     def then(self, before: tuple[int, int], now: tuple[int, int], passed_s: float) -> Kept:
         """After so many seconds, in which the counts grew; an engine that started again counts from 0."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.policy_facts import Outlook
+from cluster.policy_facts import ENOUGH, Outlook
 
 _ROOMY = 0.5  # of the remaining groups' pools: with less in use, one of them can go
 _QUICK = 0.25  # of the promised time to the first token
@@ -85,7 +85,7 @@ def _is_late(members: list[Outlook], config: ReplicaConfig) -> bool:
     kept = sum(one.first.kept + one.pace.kept for one in members)
     missed = sum(one.first.missed + one.pace.missed for one in members)
     waits = any(one.facts.num_waiting_late for one in members)
-    is_late = waits or (kept + missed >= 1 and kept / (kept + missed) < config.target)
+    is_late = waits or (kept + missed >= ENOUGH and kept / (kept + missed) < config.target)
     has_grown = all(one.levers.size.direction != 1 or _is_used(one) for one in members)
     return is_late and has_grown
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 
 from engine.config import EngineConfig
+from engine.control import Order, OrderAnswer
 from engine.errors import EngineDeadError, ModelLoadError, OverloadedError, RequestError
 from engine.messages import (
     EngineInfo,
@@ -35,6 +36,7 @@ class FakeEngine:
         self._cache: set[tuple[str, tuple[int, ...]]] = set()
         self._created = TOTAL
         self._queries = self._hits = 0
+        self._order: Order | None = None
 
     async def info(self) -> EngineInfo:
         if self._config.model.source == "missing":
@@ -130,7 +132,12 @@ class FakeEngine:
             memory=memory,
             prefix_queries=self._queries,
             prefix_hits=self._hits,
+            order=self._order,
         )
+
+    async def apply(self, order: Order) -> OrderAnswer:
+        self._order = order
+        return OrderAnswer("applied", order.epoch, order.revision)
 
     async def check_health(self) -> None:
         if self._config.model.source == "dead":
