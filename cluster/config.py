@@ -104,7 +104,10 @@ class EngineKwargs(Section):
 
 
 class MemorySection(Section):
-    """`engine.config.MemoryConfig`; sizes may be written as `512MiB`."""
+    """`engine.config.MemoryConfig`; sizes may be written as `512MiB`.
+
+    `balloon_share` is by default an equal part for as many engines as may come to one node.
+    """
 
     mode: Mode = _MEMORY.mode
     pool_bytes: Bytes | None = None
@@ -114,6 +117,7 @@ class MemorySection(Section):
     map_ahead_tokens: NonNegativeInt = _MEMORY.map_ahead_tokens
     trim_after_s: NonNegativeFloat | None = _MEMORY.trim_after_s
     balloon_bytes: Bytes | None = _MEMORY.balloon_bytes
+    balloon_share: float | None = Field(default=None, gt=0, le=1)
     balloon_slab_bytes: Bytes = _MEMORY.balloon_slab_bytes
 
 
@@ -325,7 +329,8 @@ def to_engine_config(llm: LLMConfig, device: Device, balloon_share: float | None
     Args:
         balloon_share: of the host memory available at its start, for a balloon without a size.
     """
-    memory = llm.memory.model_dump() | ({} if balloon_share is None else {"balloon_share": balloon_share})
+    memory = llm.memory.model_dump()
+    memory["balloon_share"] = memory["balloon_share"] or balloon_share or _MEMORY.balloon_share
     kwargs = llm.engine_kwargs
     return EngineConfig(
         model=ModelSource(

@@ -50,6 +50,7 @@ UNSUPPORTED = {
     "feedback_dwell_steps": "belongs into engine_kwargs",
     "balloon_bytes": "belongs into memory",
     "balloon_slab_bytes": "belongs into memory",
+    "balloon_share": "belongs into memory",
     "ttft_ms": "belongs into slo",
     "tpot_ms": "belongs into slo",
     "slo": "belongs into llm_configs[], beside engine_kwargs",
