@@ -16,6 +16,7 @@ from cluster.api_body import refuse_unless_neutral
 from engine.errors import RequestError
 
 MAX_SEQUENCES = 256  # prompts times n of one request
+MAX_SESSION_CHARS = 256  # it travels with every request
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 512
 
@@ -31,21 +32,25 @@ class RequestSlo:
         ttft_s: from its arrival to its first token.
         tpot_s: from a token to the next, on average.
         unpaced: tokens are wanted as soon as they exist, also ahead of that.
+        session_id: of the conversation, if it tells; any text.
     """
 
     ttft_s: float | None
     tpot_s: float | None
     unpaced: bool
+    session_id: str = ""
 
 
 def read_slo(headers: Headers) -> RequestSlo:
     """The objectives a request brings, in the headers that llm-d and the Kubernetes inference gateway use;
-    in `x-slo-deposit` whether tokens ahead of them may be held back.
+    in `x-slo-deposit` whether tokens ahead of them may be held back, and in `x-session-id` which conversation
+    it belongs to.
     """
     return RequestSlo(
         _read_ms(headers, "x-slo-ttft-ms"),
         _read_ms(headers, "x-slo-tpot-ms"),
         not _read_switch(headers, "x-slo-deposit"),
+        headers.get("x-session-id", "")[:MAX_SESSION_CHARS],
     )
 
 

@@ -33,7 +33,8 @@ from engine.errors import ConfigError
 _LIGHT = 0.1
 _CPU_RANK = {"CPU": 0.5}
 _GPU_RANK = {"CPU": 1.0, "GPU": 1.0}
-_STATS_PERIOD_S = 1.0
+_STATS_PERIOD_S = 0.5
+_LARGEST_SHARE = 0.5  # of a node's host memory, for one balloon that nobody has spoken to
 _BURST = 64
 _HEALTH_PERIOD_S = 2.0  # how soon an ingress or the controller is missed; Serve's 10 s leave clients waiting
 _CONTROL_CALLS = 64  # health checks and snapshots that an engine answers beside its requests
@@ -59,10 +60,11 @@ def build_application(args: ServingArgs, engine_class: type) -> serve.Applicatio
     device = _cluster_device()
     created = int(time.time())
     served, groups = [], {}
+    share = _balloon_share(args)
     for llm in args.llm_configs:
         name = deployment_name(llm.model_id)
         served.append(_Served(llm.model_id, name, llm.tokenizer_source, created))
-        groups[llm.model_id] = _group(name, llm, device, engine_class)
+        groups[llm.model_id] = _group(name, llm, device, share, engine_class)
     controller = serve.deployment(ControllerReplica).options(
         name="Controller",
         num_replicas=1,
@@ -82,7 +84,9 @@ def build_application(args: ServingArgs, engine_class: type) -> serve.Applicatio
     )
     # Serve takes from these arguments only which deployments belong together; the ingress resolves
     # its handles by name.
-    return ingress.bind(*groups.values(), controller.bind(groups, args.controller.tick_s))
+    return ingress.bind(
+        *groups.values(), controller.bind(groups, args.controller.tick_s, args.controller.policy())
+    )
 
 
 def deployment_name(model_id: str) -> str:
@@ -94,7 +98,19 @@ def _cluster_device() -> Device:
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
 
-def _group(name: str, llm: LLMConfig, auto_device: Device, engine_class: type) -> serve.Application:
+def _balloon_share(args: ServingArgs) -> float:
+    """Of a node's host memory, for each engine's balloon until the controller has spoken: an equal part for
+    as many engines as may come to one node. Engines start one after another, and each takes its part of what
+    the others have left.
+    """
+    gpus = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
+    most = sum(llm.most_ranks for llm in args.llm_configs)
+    return min(_LARGEST_SHARE, 1 / max(1.0, min(most, gpus) if gpus else most))
+
+
+def _group(
+    name: str, llm: LLMConfig, auto_device: Device, balloon_share: float, engine_class: type
+) -> serve.Application:
     wanted = llm.engine_kwargs.device
     device = auto_device if wanted == "auto" else wanted
     if device == "cuda" and _cluster_device() == "cpu":
@@ -105,9 +121,12 @@ def _group(name: str, llm: LLMConfig, auto_device: Device, engine_class: type) -
     # replica, so limits near the engine's own would refuse bursts that the engine has room for.
     room = 2 * (llm.engine_kwargs.max_num_seqs + llm.engine_kwargs.max_num_queued_reqs) + _BURST
     max_ongoing = options.max_ongoing_requests or room
+    chosen = options.model_dump(exclude_none=True, exclude={"max_ongoing_requests", "max_queued_requests"})
+    if options.autoscaling_config is not None:
+        chosen["autoscaling_config"]["policy"] = {"policy_function": "cluster.scaling:wanted_replicas"}
     deployment = serve.deployment(TpGroup).options(
         name=name,
-        **options.model_dump(exclude_none=True, exclude={"max_ongoing_requests", "max_queued_requests"}),
+        **chosen,
         max_ongoing_requests=max_ongoing,
         max_queued_requests=options.max_queued_requests or room,
         ray_actor_options={"num_cpus": _LIGHT},
@@ -116,13 +135,13 @@ def _group(name: str, llm: LLMConfig, auto_device: Device, engine_class: type) -
         if llm.placement_group_config
         else "STRICT_PACK",
         request_router_config=RequestRouterConfig(
-            request_router_class="cluster.router:LeastWorkRouter",
+            request_router_class="cluster.router:SloRouter",
             request_routing_stats_period_s=_STATS_PERIOD_S,
         ),
         logging_config={"enable_access_log": False},
     )
     return deployment.bind(
-        to_engine_config(llm, device), engine_class, resources, max_ongoing + _CONTROL_CALLS
+        to_engine_config(llm, device, balloon_share), engine_class, resources, max_ongoing + _CONTROL_CALLS
     )
 
 

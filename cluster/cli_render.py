@@ -45,6 +45,7 @@ def pool_picture(snapshot: EngineSnapshot) -> RenderableType:
         f"physical, {memory.kv_tokens} tokens of KV",
         _outside(memory),
         _balloon(snapshot),
+        _order(snapshot),
         _hit_rate(snapshot),
         f"{memory.driver_calls} driver calls since start, {memory.driver_calls_beside} more beside the steps",
     )
@@ -79,6 +80,17 @@ def _balloon(snapshot: EngineSnapshot) -> str:
     cached = f" ({size(memory.balloon_cached * memory.chunk_bytes)} cached)" if memory.balloon_cached else ""
     told = f"balloon: {size(used)} of {size(physical)}{cached}, {copied}"
     return f"{told} ({decisions})" if decisions else told
+
+
+def _order(snapshot: EngineSnapshot) -> str:
+    """What the controller has said last."""
+    if (order := snapshot.order) is None:
+        return ""
+    return (
+        f"controller: {order.reason}, {snapshot.order_age_s:.0f} s ago (epoch {order.epoch}, revision "
+        f"{order.revision}); balloon up to {size(order.balloon_logical_bytes)}, admission weight "
+        f"{order.admission_weight:g}"
+    )
 
 
 def _hit_rate(snapshot: EngineSnapshot) -> str:

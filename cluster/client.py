@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from engine.control import HostSnapshot, Order
 from engine.errors import BallonetError
 from engine.messages import EngineSnapshot, MemorySnapshot
 
@@ -186,6 +187,8 @@ def _refused(response: httpx.Response) -> ClientError:
 def _snapshot(data: Mapping[str, Any]) -> EngineSnapshot:
     fields = dict(data)
     fields["memory"] = MemorySnapshot(**fields["memory"])
+    for name, kind in (("order", Order), ("host", HostSnapshot)):
+        fields[name] = kind(**fields[name]) if fields.get(name) is not None else None
     for name in ("finished", "decisions"):
         fields[name] = tuple((what, count) for what, count in fields[name])
     return EngineSnapshot(**fields)

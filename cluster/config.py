@@ -27,6 +27,7 @@ from pydantic import (
 from cluster.config_errors import explain
 from cluster.config_ingress import IngressSection
 from cluster.config_values import Bytes, Section, Source
+from cluster.policy import PolicyConfig
 from engine.config import (
     DEFAULT_STEP_TIMEOUT_S,
     Device,
@@ -45,8 +46,10 @@ from engine.errors import ConfigError
 
 # The defaults stand in engine.config alone.
 _SCHEDULER, _MEMORY, _SLO = EngineSchedulerConfig(), MemoryConfig(), SloConfig()
+_POLICY = PolicyConfig()
 _SCHEDULER_FIELDS = {field.name for field in fields(EngineSchedulerConfig)}
 
+Share = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -96,7 +99,10 @@ class EngineKwargs(Section):
 
 
 class MemorySection(Section):
-    """`engine.config.MemoryConfig`; sizes may be written as `512MiB`."""
+    """`engine.config.MemoryConfig`; sizes may be written as `512MiB`.
+
+    `balloon_share` is by default an equal part for as many engines as may come to one node.
+    """
 
     mode: Mode = _MEMORY.mode
     pool_bytes: Bytes | None = None
@@ -106,6 +112,7 @@ class MemorySection(Section):
     map_ahead_tokens: NonNegativeInt = _MEMORY.map_ahead_tokens
     trim_after_s: NonNegativeFloat | None = _MEMORY.trim_after_s
     balloon_bytes: Bytes | None = _MEMORY.balloon_bytes
+    balloon_share: float | None = Field(default=None, gt=0, le=1)
     balloon_slab_bytes: Bytes = _MEMORY.balloon_slab_bytes
 
 
@@ -189,6 +196,15 @@ class LLMConfig(Section):
         """Where the tokenizer is."""
         return self.model_loading_config.tokenizer_source or self.model_source
 
+    @property
+    def most_ranks(self) -> int:
+        """Engines that may run at once."""
+        options = self.deployment_config
+        most = options.num_replicas if isinstance(options.num_replicas, int) else 1
+        if options.autoscaling_config is not None:
+            most = options.autoscaling_config.max_replicas or options.autoscaling_config.min_replicas or most
+        return most * self.engine_kwargs.tensor_parallel_size
+
     @model_validator(mode="after")
     def _ranks_share_a_node(self) -> Self:
         placement, size = self.placement_group_config, self.engine_kwargs.tensor_parallel_size
@@ -209,9 +225,32 @@ class LLMConfig(Section):
 
 
 class ControllerSection(Section):
-    """`tick_s`: seconds between two looks at all groups."""
+    """What divides each node's host memory among the balloons of its groups, and weighs groups.
 
+    `enabled: false` only looks, for the metrics: every balloon stays as it was made. `tick_s`: seconds
+    between two looks at all groups. The others are `cluster.policy.PolicyConfig`'s.
+    """
+
+    enabled: bool = True
     tick_s: PositiveFloat = 1.0
+    host_memory_bytes: Bytes | None = _POLICY.host_memory_bytes
+    reserve: Share = _POLICY.reserve
+    floor: Share = _POLICY.floor
+    headroom: float = Field(default=_POLICY.headroom, ge=1)
+    need_half_life_s: PositiveFloat = _POLICY.need_half_life_s
+    dead_band: Share = _POLICY.dead_band
+    dwell_s: NonNegativeFloat = _POLICY.dwell_s
+    target: Share = _POLICY.target
+    patience_s: NonNegativeFloat = _POLICY.patience_s
+    least_weight: float = Field(default=_POLICY.least_weight, gt=0, le=1)
+    recovery: PositiveFloat = _POLICY.recovery
+    replica_patience_s: PositiveFloat = _POLICY.replica_patience_s
+    replica_idle_s: PositiveFloat = _POLICY.replica_idle_s
+    forget_s: PositiveFloat = _POLICY.forget_s
+
+    def policy(self) -> PolicyConfig | None:
+        """The constants of the decisions; None if it is to look only."""
+        return PolicyConfig(**self.model_dump(exclude={"enabled", "tick_s"})) if self.enabled else None
 
 
 class ServingArgs(Section):
@@ -290,8 +329,14 @@ def load(path: Path) -> ServeFile:
         raise ConfigError(f"{path} has errors:\n{error}") from error
 
 
-def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
-    """What the engine of one rank needs, for a device that is already decided. Raises ConfigError."""
+def to_engine_config(llm: LLMConfig, device: Device, balloon_share: float | None = None) -> EngineConfig:
+    """What the engine of one rank needs, for a device that is already decided. Raises ConfigError.
+
+    Args:
+        balloon_share: of the host memory available at its start, for a balloon without a size.
+    """
+    memory = llm.memory.model_dump()
+    memory["balloon_share"] = memory["balloon_share"] or balloon_share or _MEMORY.balloon_share
     kwargs = llm.engine_kwargs
     return EngineConfig(
         model=ModelSource(
@@ -302,7 +347,7 @@ def to_engine_config(llm: LLMConfig, device: Device) -> EngineConfig:
             dtype=kwargs.dtype,
             seed=kwargs.seed,
         ),
-        memory=MemoryConfig(**llm.memory.model_dump(), enable_prefix_caching=kwargs.enable_prefix_caching),
+        memory=MemoryConfig(**memory, enable_prefix_caching=kwargs.enable_prefix_caching),
         scheduler=EngineSchedulerConfig(**kwargs.model_dump(include=_SCHEDULER_FIELDS)),
         slo=SloConfig(**llm.slo.model_dump()),
         device=device,

@@ -16,11 +16,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
 from cluster.metrics import GroupMetrics, RayBackend
+from cluster.ranking import routing_stats
 from cluster.ranks import Ranks, first_line
+from cluster.reports import GroupReport, Instruction, InstructionAnswer
+from cluster.scaling import WANTED
 from engine.config import EngineConfig
+from engine.control import OrderAnswer
 from engine.errors import BallonetError, EngineDeadError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo
 
@@ -31,6 +36,7 @@ _LAST_WORDS_S = 0.2  # for the answers of open calls to leave this process
 # To the top of the next step, which may be a long prefill, and then through the driver: 80 GiB take 1.3 s.
 TRIM_S = 30.0
 _log = logging.getLogger("ray.serve")
+_ENGINE_S = 1.5  # for a control call: less than the controller waits for the group
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,8 @@ class TpGroup:
             # Ray limits OpenMP to the CPUs an actor reserves, and a CPU rank reserves half of one.
             threads = len(os.sched_getaffinity(0)) // config.tensor_parallel_size
             config = dataclasses.replace(config, num_threads=max(1, threads))
+        self._config = config
+        self._wanted_replicas = 0
         self._death: EngineDeadError | None = None
         self._watch: asyncio.Task[None] | None = None
         self._step_timeout_s = config.step_timeout_s
@@ -152,19 +160,43 @@ class TpGroup:
             return Refusal(error.cause)
         return released
 
+    async def report(self) -> GroupReport:
+        """What the controller wants to know."""
+        try:
+            snapshot = await asyncio.wait_for(self.snapshot(), _ENGINE_S)
+        except TimeoutError:
+            snapshot = None
+        return GroupReport(
+            serve.get_replica_context().replica_id.unique_id,
+            self._config.model.model_id,
+            self._config.tensor_parallel_size,
+            self._config.slo.ttft_ms / 1e3,
+            snapshot,
+            self._wanted_replicas,
+        )
+
+    async def instruct(self, instructions: Mapping[str, Instruction]) -> InstructionAnswer | None:
+        """Follow what the controller wants of this group; None if it wants nothing."""
+        group_id = serve.get_replica_context().replica_id.unique_id
+        if (mine := instructions.get(group_id)) is None:
+            return None
+        self._wanted_replicas = mine.wanted_replicas
+        answer: OrderAnswer | None = None
+        with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):  # the controller says it again
+            answer = await asyncio.wait_for(self._engine.apply.remote(mine.order), _ENGINE_S)
+        return InstructionAnswer(group_id, answer)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `cluster.scaling` reads: the groups that this model should have; 0 if nobody has said."""
+        return {WANTED: float(self._wanted_replicas)}
+
     async def record_routing_stats(self) -> dict[str, float]:
         """What `cluster.router` reads. Serve asks once per period, which also paces the metrics."""
         snapshot = await self.snapshot()
         if snapshot is None:
             return {}
         self._metrics.export(snapshot)
-        return {
-            "num_running": snapshot.num_running,
-            "num_waiting": snapshot.num_waiting,
-            # Of live sequences alone: cached prefixes are given up when a request needs their memory.
-            "kv_usage": snapshot.memory.kv / max(snapshot.memory.total, 1),
-            "num_steps": snapshot.num_steps,
-        }
+        return routing_stats(snapshot, self._config.slo.ttft_ms / 1e3)
 
     async def check_health(self) -> None:
         """Tells what the watch has found. Serve replaces the replica if it raises, or is gone."""

@@ -220,6 +220,7 @@ def _engine_requests(call: _Call, body: GenerationBody, prompts: Sequence[TokenI
                     tpot_slo_s=call.slo.tpot_s,
                     priority=body.priority,
                     unpaced=call.slo.unpaced,
+                    session_id=call.slo.session_id,
                 )
             )
     return requests

@@ -145,6 +145,33 @@ REGISTRY: tuple[Metric, ...] = (
     ),
     Metric("ballonet_controller_tick_failures", "counter", "ticks", "Looks at a model's groups that failed."),
     Metric(
+        "ballonet_controller_epoch", "gauge", "1", "Of the controller: one more with each of its starts.", ()
+    ),
+    Metric(
+        "ballonet_controller_decisions",
+        "counter",
+        "decisions",
+        "Levers that the controller moved: balloon, weight and retention, _up or _down, ask_for_replicas and "
+        "give_replicas_up; and why.",
+        ("action", "reason"),
+    ),
+    Metric(
+        "ballonet_controller_orders",
+        "counter",
+        "orders",
+        "Orders by what became of them: applied, deferred, stale, conflict or unanswered.",
+        ("model_name", "outcome"),
+    ),
+    Metric(
+        "ballonet_controller_balloon_bytes",
+        "gauge",
+        "bytes",
+        "Host memory of a group's balloon: ordered, there, and needed by the controller's reckoning.",
+        ("model_name", "group", "state"),
+    ),
+    Metric("ballonet_controller_wanted_replicas", "gauge", "groups", "Groups that a model should have."),
+    Metric("ballonet_controller_decide_seconds", "histogram", "s", "Duration of one decision.", (), _TICK_S),
+    Metric(
         "ballonet_controller_tick_seconds",
         "histogram",
         "s",
@@ -199,11 +226,13 @@ def _ray_metric(row: Metric) -> Any:
 _BY_NAME = {row.name: row for row in REGISTRY}
 
 
-class _Feeder:
+class Feeder:
+    """Sends values of the table's rows."""
+
     def __init__(self, backend: MetricBackend) -> None:
         self._backend = backend
 
-    def _send(self, name: str, value: float, **labels: str) -> None:
+    def send(self, name: str, value: float, **labels: str) -> None:
         row = _BY_NAME[f"ballonet_{name}"]
         if row.kind == "histogram":
             self._backend.observe(row, value, labels)
@@ -213,29 +242,29 @@ class _Feeder:
             self._backend.inc(row, value, labels)
 
 
-class IngressMetrics(_Feeder):
+class IngressMetrics(Feeder):
     """A `cluster.streaming.RequestObserver` that counts."""
 
     def request_started(self, model_id: str) -> None:
-        self._send("requests_started", 1, model_name=model_id)
+        self.send("requests_started", 1, model_name=model_id)
 
     def first_token(self, model_id: str, seconds: float) -> None:
-        self._send("time_to_first_token_seconds", seconds, model_name=model_id)
+        self.send("time_to_first_token_seconds", seconds, model_name=model_id)
 
     def inter_token(self, model_id: str, seconds: float, num_tokens: int) -> None:
         # One sample per output, however many tokens it carries: the gap is what the client sees.
-        self._send("inter_token_latency_seconds", seconds, model_name=model_id)
+        self.send("inter_token_latency_seconds", seconds, model_name=model_id)
 
     def request_finished(
         self, model_id: str, finish_reason: str, seconds: float, prompt_tokens: int, output_tokens: int
     ) -> None:
-        self._send("request_success", 1, model_name=model_id, finished_reason=finish_reason)
-        self._send("e2e_request_latency_seconds", seconds, model_name=model_id)
-        self._send("request_prompt_tokens", prompt_tokens, model_name=model_id)
-        self._send("request_generation_tokens", output_tokens, model_name=model_id)
+        self.send("request_success", 1, model_name=model_id, finished_reason=finish_reason)
+        self.send("e2e_request_latency_seconds", seconds, model_name=model_id)
+        self.send("request_prompt_tokens", prompt_tokens, model_name=model_id)
+        self.send("request_generation_tokens", output_tokens, model_name=model_id)
 
     def request_rejected(self, model_id: str, status: int) -> None:
-        self._send("request_rejections", 1, model_name=model_id, status=str(status))
+        self.send("request_rejections", 1, model_name=model_id, status=str(status))
 
 
 @dataclass(slots=True)
@@ -250,7 +279,7 @@ class _Totals:
         return total - before
 
 
-class GroupMetrics(_Feeder):
+class GroupMetrics(Feeder):
     """Exports one engine's snapshots."""
 
     def __init__(self, backend: MetricBackend) -> None:
@@ -280,21 +309,21 @@ class GroupMetrics(_Feeder):
             "engine_steps": snapshot.num_steps,
         }
         for name, value in gauges.items():
-            self._send(name, value, model_name=model)
+            self.send(name, value, model_name=model)
         for name, total in counters.items():
-            self._send(name, self._totals.grown(name, total), model_name=model)
+            self.send(name, self._totals.grown(name, total), model_name=model)
         for made, total in (("at_once", memory.driver_calls), ("beside", memory.driver_calls_beside)):
             grown = self._totals.grown(f"driver_calls_{made}", total)
-            self._send("driver_calls", grown, model_name=model, made=made)
+            self.send("driver_calls", grown, model_name=model, made=made)
         for owner, num_bytes in memory_by_owner(memory).items():
-            self._send("memory_bytes", num_bytes, model_name=model, owner=owner)
+            self.send("memory_bytes", num_bytes, model_name=model, owner=owner)
         self._export_balloon(snapshot)
 
     def _export_balloon(self, snapshot: EngineSnapshot) -> None:
         model, memory = snapshot.model_id, snapshot.memory
         for decision, total in snapshot.decisions:
             grown = self._totals.grown(f"decision {decision}", total)
-            self._send("scheduler_decisions", grown, model_name=model, decision=decision)
+            self.send("scheduler_decisions", grown, model_name=model, decision=decision)
         states = (
             ("used", memory.balloon),
             ("cached", memory.balloon_cached),
@@ -302,10 +331,10 @@ class GroupMetrics(_Feeder):
             ("logical", memory.balloon_logical),
         )
         for state, chunks in states:
-            self._send("balloon_bytes", chunks * memory.chunk_bytes, model_name=model, state=state)
+            self.send("balloon_bytes", chunks * memory.chunk_bytes, model_name=model, state=state)
         for direction, total in (("out", memory.copied_out_bytes), ("in", memory.copied_in_bytes)):
             grown = self._totals.grown(f"copied {direction}", total)
-            self._send("balloon_copied_bytes", grown, model_name=model, direction=direction)
+            self.send("balloon_copied_bytes", grown, model_name=model, direction=direction)
 
 
 def memory_by_owner(memory: MemorySnapshot) -> dict[str, int]:
@@ -330,19 +359,3 @@ def pool_by_owner(memory: MemorySnapshot) -> dict[str, int]:
         "warm": memory.warm,
         "free": memory.free - memory.warm,
     }
-
-
-class ControllerMetrics(_Feeder):
-    """What only the controller knows."""
-
-    def looked(self, model_id: str, num_groups: int) -> None:
-        """`num_groups` groups of a model answered."""
-        self._send("controller_groups", num_groups, model_name=model_id)
-
-    def failed(self, model_id: str) -> None:
-        """A look at a model's groups failed."""
-        self._send("controller_tick_failures", 1, model_name=model_id)
-
-    def ticked(self, seconds: float) -> None:
-        """All models were looked at once."""
-        self._send("controller_tick_seconds", seconds)

@@ -1,7 +1,7 @@
-"""Which TP group gets a request: a pure ranking, and the thin Ray Serve router around it.
+"""The Ray Serve router: collects facts of groups and requests, and lets `cluster.ranking` decide.
 
-The ranking needs numbers alone. The router collects them: queue lengths that Serve keeps, and the
-facts each group pushes about once a second (`TpGroup.record_routing_stats`).
+Facts are queue lengths that Serve keeps, what each group pushes every half second (`ranking.routing_stats`),
+and what this router has sent where (`cluster.prefix_record`).
 """
 
 from __future__ import annotations
@@ -9,58 +9,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-STALE_S = 5.0  # several periods of the push: older facts say nothing about now
+from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
+from cluster.ranking import Ask, GroupLoad, rank_groups
+from engine.messages import GenerateRequest
+
+_LAG_S = 0.2  # facts are so old when they come, at least: what was sent before may not be in them
 CHOSEN_S = 1.0  # sending follows a choice within milliseconds; after this it was not sent at all
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLoad:
-    """What is known of one group.
-
-    Attributes:
-        queue_len: requests this router believes to be there, those on their way included.
-        num_running, num_waiting: as the group pushed them; None when they are missing.
-        kv_usage: share of the group's chunks that hold KV of live sequences, 0 to 1.
-        age_s: seconds since the pushed facts last changed.
-    """
-
-    queue_len: int
-    num_running: int | None = None
-    num_waiting: int | None = None
-    kv_usage: float = 0.0
-    age_s: float = float("inf")
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the pushed facts can be trusted."""
-        return self.num_running is not None and self.num_waiting is not None and self.age_s <= STALE_S
-
-
-def rank_groups(loads: Sequence[GroupLoad], rng: random.Random) -> list[int]:
-    """Indices of `loads`, best first.
-
-    With fresh facts of all groups: least outstanding requests, then fewest waiting ones, then most
-    free memory; equals in random order. A request that this router has sent but the group has not
-    reported yet counts through `queue_len`. Otherwise power of two choices on `queue_len`, so that
-    several routers with the same old view do not all pick the same group.
-    """
-    order = list(range(len(loads)))
-    rng.shuffle(order)
-    if all(load.is_fresh for load in loads):
-        return sorted(order, key=lambda index: _work(loads[index]))
-    pair = sorted(order[:2], key=lambda index: loads[index].queue_len)
-    return pair + order[2:]
-
-
-def _work(load: GroupLoad) -> tuple[int, int, float]:
-    running, waiting = load.num_running or 0, load.num_waiting or 0
-    return max(load.queue_len, running + waiting), waiting, load.kv_usage
 
 
 class InFlight:
@@ -105,20 +64,51 @@ class InFlight:
         return self._num_sent + Counter(map(self._target, self._chosen))
 
     def _target(self, request: asyncio.Future[RunningReplica]) -> ReplicaID | None:
-        """Serve gives what one routing task chose to the oldest request, whichever that task had."""
+        """Where Serve has sent it, or will."""
         if not request.done():
             return self._chosen[request][0]
         return None if request.cancelled() else request.result().replica_id
 
 
-class LeastWorkRouter(FIFOMixin, RequestRouter):
-    """Ray Serve's plug for `rank_groups`."""
+class SentTokens:
+    """Prompt tokens that this router has sent to each group lately, and that have to be computed there."""
 
-    def initialize_state(self, clock: Callable[[], float] = time.monotonic, **kwargs: object) -> None:
+    def __init__(self) -> None:
+        self._sent: dict[ReplicaID, deque[tuple[float, int]]] = {}
+
+    def send(self, group: ReplicaID, num_tokens: int, now_s: float) -> None:
+        """A request was chosen for a group."""
+        self._sent.setdefault(group, deque()).append((now_s, num_tokens))
+
+    def complete(self, group: ReplicaID) -> None:
+        """A request has ended there: most likely the one that was sent first."""
+        if sent := self._sent.get(group):
+            sent.popleft()
+
+    def since(self, group: ReplicaID, told_s: float) -> int:
+        """Those that facts which came at that time do not tell of. Forgets the others."""
+        sent = self._sent.get(group, deque())
+        while sent and sent[0][0] <= told_s - _LAG_S:
+            sent.popleft()
+        return sum(num_tokens for _, num_tokens in sent)
+
+    def keep_only(self, groups: Iterable[ReplicaID]) -> None:
+        """Forgets all other groups."""
+        self._sent = {group: self._sent[group] for group in groups if group in self._sent}
+
+
+class SloRouter(RequestRouter):
+    """Ray Serve's plug for `rank_groups`. Each request gets the group that was chosen for it."""
+
+    def initialize_state(
+        self, clock: Callable[[], float] = time.monotonic, seed: int | None = None, **kwargs: object
+    ) -> None:
         """Called by Serve once; `clock` gives seconds."""
         self._clock = clock
-        self._rng = random.Random()
+        self._rng = random.Random(seed)
         self._in_flight = InFlight()
+        self._record: PrefixRecord[ReplicaID] = PrefixRecord()
+        self._sent_tokens = SentTokens()
         self._changed_s: dict[ReplicaID, float] = {}
         self._last_stats: dict[ReplicaID, object] = {}
 
@@ -127,6 +117,8 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         super().update_replicas(replicas)
         now = self._clock()
         self._in_flight.keep_only(replica.replica_id for replica in replicas)
+        self._record.keep_only(replica.replica_id for replica in replicas)
+        self._sent_tokens.keep_only(replica.replica_id for replica in replicas)
         self._changed_s = {
             replica.replica_id: now
             if self._last_stats.get(replica.replica_id) != replica.routing_stats
@@ -134,6 +126,8 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
             for replica in replicas
         }
         self._last_stats = {replica.replica_id: dict(replica.routing_stats) for replica in replicas}
+        for replica in replicas:
+            self._record.limit(replica.replica_id, replica.routing_stats.get("capacity_tokens", 0.0))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -145,10 +139,17 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         now = self._clock()
         counts = self._in_flight.counts(now)
         loads = [self._load(replica, counts[replica.replica_id], now) for replica in candidate_replicas]
-        ranked = [candidate_replicas[index] for index in rank_groups(loads, self._rng)]
+        names = [replica.replica_id for replica in candidate_replicas]
+        request = _request_of(pending_request)
+        chain = chain_of(request.prompt_token_ids, request.cache_salt) if request is not None else []
+        ask = self._ask(request, chain, names)
+        ranked = rank_groups(loads, ask, self._rng)
         if ranked and pending_request is not None:
-            self._in_flight.choose(pending_request.future, ranked[0].replica_id, now)
-        return [[replica] for replica in ranked]
+            best = names[ranked[0]]
+            self._in_flight.choose(pending_request.future, best, now)
+            self._record.sent(best, chain)
+            self._sent_tokens.send(best, ask.prompt_tokens - ask.cached_tokens[ranked[0]], now)
+        return [[candidate_replicas[index]] for index in ranked]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Called by Serve for each request that it sends."""
@@ -159,14 +160,45 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         """Called by Serve once for each request that it sent, refused and failed ones included."""
         super().on_request_completed(replica_id, internal_request_id)
         self._in_flight.complete(replica_id)
+        self._sent_tokens.complete(replica_id)
+
+    def _ask(self, request: GenerateRequest | None, chain: list[bytes], names: Sequence[ReplicaID]) -> Ask:
+        """What the ranking needs to know of a request.
+
+        One that names its session, and of whose prompt nothing is known, is taken to be cached at its home:
+        another ingress replica has sent it there, or it begins there.
+        """
+        if request is None:
+            return Ask(0, [0] * len(names))
+        num_tokens = len(request.prompt_token_ids)
+        cached = [min(num_tokens, self._record.cached_tokens(name, chain)) for name in names]
+        ids = [name.unique_id for name in names]
+        session = request.session_id
+        home = home_of(key_of(session) if session else chain[0] if chain else b"", ids)
+        if session and home is not None and not any(cached):
+            cached[home] = num_tokens
+        is_known = bool(session or chain)
+        return Ask(num_tokens, cached, request.ttft_slo_s, home if is_known else None)
 
     def _load(self, replica: RunningReplica, num_in_flight: int, now_s: float) -> GroupLoad:
         stats = replica.routing_stats
         changed_s = self._changed_s.get(replica.replica_id)
+        num_open = stats.get("num_open")
         return GroupLoad(
             queue_len=max(self.replica_queue_len_cache.get(replica.replica_id) or 0, num_in_flight),
-            num_running=stats.get("num_running"),
-            num_waiting=stats.get("num_waiting"),
-            kv_usage=stats.get("kv_usage", 0.0),
+            num_open=None if num_open is None else int(num_open),
+            wait_s=stats.get("wait_s", 0.0),
+            oldest_wait_s=stats.get("oldest_wait_s", 0.0),
+            token_s=stats.get("token_s", 0.0),
+            ttft_slo_s=stats.get("ttft_slo_s", 2.0),
+            pressure=stats.get("pressure", 0.0),
+            weight=stats.get("weight", 1.0),
+            unseen_tokens=self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
             age_s=float("inf") if changed_s is None else now_s - changed_s,
         )
+
+
+def _request_of(pending: PendingRequest | None) -> GenerateRequest | None:
+    """The engine request that a call carries; control calls carry none."""
+    first = pending.args[0] if pending is not None and pending.args else None
+    return first if isinstance(first, GenerateRequest) else None

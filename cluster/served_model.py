@@ -66,7 +66,7 @@ class GroupsOfModel:
     async def info(self) -> EngineInfo:
         """Facts of the engines; all groups of a model are alike. Raises EngineDeadError."""
         if self._info is None:
-            infos = await _answers(self._handle, "info", EngineInfo)
+            infos = await answers_of(self._handle, EngineInfo, "info")
             if not infos:
                 raise EngineDeadError(f"no group of {self.model_id} answers")
             self._info = infos[0]
@@ -220,11 +220,15 @@ class _Call:
 
 async def snapshots_of(handle: DeploymentHandle[Any]) -> list[EngineSnapshot]:
     """Snapshots of all groups behind `handle` that answer in time."""
-    return await _answers(handle, "snapshot", EngineSnapshot)
+    return await answers_of(handle, EngineSnapshot, "snapshot")
 
 
-async def _answers(handle: DeploymentHandle[Any], method: str, kind: type[T]) -> list[T]:
-    return [answer for answer in await _broadcast(handle, _ANSWER_S, method) if isinstance(answer, kind)]
+async def answers_of(
+    handle: DeploymentHandle[Any], kind: type[T], method: str, *arguments: object
+) -> list[T]:
+    """What the groups behind `handle` answer to a control call, as far as it is of that kind, in time."""
+    answers = await _broadcast(handle, _ANSWER_S, method, *arguments)
+    return [answer for answer in answers if isinstance(answer, kind)]
 
 
 async def _broadcast(

@@ -13,9 +13,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
+from engine.control import HostSnapshot, Order, OrderAnswer
 from engine.errors import EngineDeadError, RequestError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
 from engine.token_sender import TokenSender
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_HOST_S = 1.0  # between two looks at the host's memory, which takes a fraction of a millisecond
 _STOP_S = 10.0  # a step takes well under a second; a thread that needs longer is stuck
 
 
@@ -53,6 +56,8 @@ class EngineActor:
         self._engine: Engine | None = None
         self._failure: BaseException | None = None
         self._loaded = threading.Event()
+        self._host: HostSnapshot | None = None
+        self._host_s = 0.0
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -93,8 +98,21 @@ class EngineActor:
         self._cancel(request_id)
 
     async def snapshot(self) -> EngineSnapshot:
-        """The engine's state after its newest step."""
-        return (await self._ready()).snapshot
+        """The engine's state after its newest step, and that of its host."""
+        return replace((await self._ready()).snapshot, host=self._look_at_host())
+
+    async def apply(self, order: Order) -> OrderAnswer:
+        """Follow an order of the controller at the top of the next step (`engine.orders`).
+
+        Raises:
+            EngineDeadError: the loop has ended.
+        """
+        engine = await self._ready()
+        try:
+            return await asyncio.wrap_future(engine.apply(order))
+        except asyncio.CancelledError:
+            engine.check_alive()  # as for `trim`
+            raise
 
     async def trim(self, drop_cache: bool = False) -> int:
         """Give the memory of free chunks back to the device, with `drop_cache` that of cached prefixes too;
@@ -146,6 +164,17 @@ class EngineActor:
         if self._engine is None:
             raise EngineDeadError("the engine was stopped before it was ready")
         return self._engine
+
+    def _look_at_host(self) -> HostSnapshot:
+        import ray
+
+        from engine.memory.host_memory import available_bytes, total_bytes
+
+        now = time.monotonic()
+        if self._host is None or now - self._host_s >= _HOST_S:
+            node = ray.get_runtime_context().get_node_id()
+            self._host, self._host_s = HostSnapshot(node, total_bytes(), available_bytes()), now
+        return self._host
 
     def _main(self) -> None:
         from engine.build import build_engine  # brings torch in

@@ -129,7 +129,9 @@ def _add_balloon(pool: MemoryPool, config: EngineConfig, device: _Device) -> Non
     memory, on_gpu = config.memory, config.device == "cuda"
     nbytes = memory.balloon_bytes
     if nbytes is None:
-        nbytes = available_bytes() // 2 // config.tensor_parallel_size if on_gpu else 0
+        # Each rank has its own, of the same host.
+        share = memory.balloon_share / config.tensor_parallel_size
+        nbytes = int(available_bytes() * share) if on_gpu else 0
     num_chunks = nbytes // device.vm.chunk_bytes
     if memory.mode == "static" or not num_chunks:
         return

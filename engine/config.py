@@ -67,10 +67,12 @@ class MemoryConfig:
         trim_after_s: seconds without work after which free chunks go back to the device; None keeps
             them. What they hold of prefixes stays.
         balloon_bytes: host memory that KV of sequences may move to while others run (the balloon). 0 switches
-            it off. None is up to half of what the host has available at start on a GPU, taken in slabs as it
+            it off. None is a share of what the host has available at start on a GPU, taken in slabs as it
             is needed, and 0 on a CPU, where both memories are the same. What is given as a number is taken
-            from the start on, beside the requests: a GPU's host memory is pinned at 1.5 GiB/s.
-        balloon_slab_bytes: host memory that the balloon grows by at a time.
+            from the start on, beside the requests: a GPU's host memory is pinned at 1.5 GiB/s. A controller
+            moves it between the groups of a node later (`engine.orders`).
+        balloon_share: that share. Groups on one node must not have more than all of it together.
+        balloon_slab_bytes: host memory that the balloon grows and shrinks by at a time.
     """
 
     mode: Mode = "elastic"
@@ -82,6 +84,7 @@ class MemoryConfig:
     map_ahead_tokens: int = 32
     trim_after_s: float | None = 300.0
     balloon_bytes: int | None = None
+    balloon_share: float = 0.5
     balloon_slab_bytes: int = 256 * MIB
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class MemoryConfig:
             raise ConfigError(f"memory.trim_after_s must be at least 0, not {self.trim_after_s}")
         if self.balloon_bytes is not None and self.balloon_bytes < 0:
             raise ConfigError(f"memory.balloon_bytes must be at least 0, not {self.balloon_bytes}")
+        if not 0 < self.balloon_share <= 1:
+            raise ConfigError(f"memory.balloon_share must be above 0 and at most 1, not {self.balloon_share}")
         if self.balloon_slab_bytes <= 0:
             raise ConfigError(f"memory.balloon_slab_bytes must be positive, not {self.balloon_slab_bytes}")
 

@@ -19,10 +19,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from engine.config import EngineConfig
+from engine.control import Order, OrderAnswer
 from engine.errors import EngineDeadError, OverloadedError, RequestError
 from engine.memory.blocks import TokenChain
 from engine.memory.pool import MemoryPool
@@ -34,9 +36,10 @@ from engine.messages import (
     StepPlan,
     TokenDelta,
 )
-from engine.model.sampler import Sampled, SampleRow
+from engine.model.sampler import Sampled
+from engine.orders import Command, Orders
 from engine.outlet import Entry, Outlet, Publish
-from engine.parts import OutsideMemory, PendingTokens, Runner, TokenSampler
+from engine.parts import OutsideMemory, PendingTokens, Runner, TokenSampler, sample_row
 from engine.requests import check_in_time, check_request
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
@@ -48,14 +51,6 @@ logger = logging.getLogger(__name__)
 
 _ASK_AGAIN_STEPS = 256  # a few seconds: another process may have given device memory back
 _MAP_TRIES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Trim:
-    """An order to give memory back."""
-
-    drops_cache: bool
-    freed: Future[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +107,8 @@ class Engine:
         self._in_flight: deque[_Launched] = deque()
         self._done_s = clock()  # when the newest step was read
         self._outside = outside
-        self._inbox: deque[GenerateRequest | str | _Trim] = deque()
+        self._orders = Orders(config.scheduler, pool, scheduler.turns, clock)
+        self._inbox: deque[GenerateRequest | str | Command[Any]] = deque()
         self._wake = threading.Event()
         self._door = threading.Lock()  # nobody may slip in while the loop says goodbye to the rest
         self._open: set[str] = set()  # submitted and not ended; both threads change it, behind the door
@@ -120,7 +116,8 @@ class Engine:
         self._last_step_s = 0.0
         self._last_busy_s: float | None = clock()  # None once idle memory has been given back
         self._death: BaseException | None = None
-        self.snapshot = self._take_snapshot()
+        self.snapshot: EngineSnapshot
+        self._renew_snapshot()
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request. Its deltas go to `publish`; the last one carries a finish reason.
@@ -171,12 +168,21 @@ class Engine:
 
         The future is cancelled if the loop ends before.
         """
-        order = _Trim(drop_cache, Future())
+        command = Command(lambda: self._give_back(drop_cache))
+        self._leave(command)
+        return command.result
+
+    def apply(self, order: Order) -> Future[OrderAnswer]:
+        """Follow the controller's order at the top of the next step; cancelled as for `trim`."""
+        command = Command(lambda: self._orders.apply(order))
+        self._leave(command)
+        return command.result
+
+    def _leave(self, command: Command[Any]) -> None:
         with self._door:
             self.check_alive()
-            self._inbox.append(order)
+            self._inbox.append(command)
         self._wake.set()
-        return order.freed
 
     def check_alive(self) -> None:
         """Raise EngineDeadError, with the cause, once the loop has ended."""
@@ -207,8 +213,8 @@ class Engine:
                 order = self._inbox.popleft()
                 if isinstance(order, GenerateRequest):
                     lost.append(order.request_id)
-                elif isinstance(order, _Trim):
-                    order.freed.cancel()
+                elif isinstance(order, Command):
+                    order.result.cancel()
         self._outlet.end([_failed(request_id, f"the engine stopped: {reason}") for request_id in lost])
 
     def step(self) -> bool:
@@ -226,12 +232,12 @@ class Engine:
         elif not self._in_flight:
             busy |= self._scheduler.turns.wait()  # nothing can be computed until a copy has ended
             self._publish_all([])
-            self.snapshot = self._take_snapshot()
+            self._renew_snapshot()
             return busy
         self._complete_all(but=self.steps_ahead if plan is not None else 0)
         self._last_busy_s = self._clock()
         self._last_step_s = self._last_busy_s - started
-        self.snapshot = self._take_snapshot()
+        self._renew_snapshot()
         return True
 
     def _trim_if_idle_for_long(self) -> None:
@@ -239,7 +245,7 @@ class Engine:
         if limit is not None and since is not None and self._clock() - since >= limit:
             self._last_busy_s = None
             self._give_back(drops_cache=False)
-            self.snapshot = self._take_snapshot()
+            self._renew_snapshot()
 
     def _give_back(self, drops_cache: bool) -> int:
         freed = self._pool.trim(drops_cache)
@@ -256,11 +262,8 @@ class Engine:
             if isinstance(order, GenerateRequest):
                 chain = TokenChain(order.cache_salt, self._pool.kv.geometry.tokens_per_chunk)
                 self._scheduler.add(new_sequence(order, self._clock(), chain, self._config.slo))
-            elif isinstance(order, _Trim):
-                if order.freed.set_running_or_notify_cancel():
-                    freed = self._give_back(order.drops_cache)
-                    self.snapshot = self._take_snapshot()  # whoever waits for it looks there next
-                    order.freed.set_result(freed)
+            elif isinstance(order, Command):
+                order.execute(then=self._renew_snapshot)
             elif (seq := self._scheduler.get(order)) is not None:
                 self._end(seq, "cancelled")
         return busy
@@ -307,7 +310,7 @@ class Engine:
     def _launch(self, plan: StepPlan) -> None:
         """Start computing and sampling a reserved plan."""
         sequences = [self._scheduler.get(piece.request_id) for piece in plan.pieces if piece.samples]
-        rows = [_sample_row(seq) for seq in sequences if seq is not None]
+        rows = [sample_row(seq) for seq in sequences if seq is not None]
         try:
             logits = self._runner.run(plan, self._scheduler.staging.offload)
             tokens = self._sampler.launch(logits, rows)
@@ -374,9 +377,9 @@ class Engine:
                 self._open.difference_update(ended)
         self._outlet.put(entries, self._config.scheduler.deposit and self._scheduler.takes_turns)
 
-    def _take_snapshot(self) -> EngineSnapshot:
+    def _renew_snapshot(self) -> None:
         memory = self._pool.snapshot()
-        return take_snapshot(
+        self.snapshot = take_snapshot(
             self.info.model_id,
             self._scheduler,
             self._outside.describe(memory) if self._outside else memory,
@@ -384,12 +387,8 @@ class Engine:
             self._num_steps,
             self._last_step_s,
             self._outlet.num_deposited,
+            self._orders,
         )
-
-
-def _sample_row(seq: EngineSequence) -> SampleRow:
-    history = (seq.prompt_token_ids, tuple(seq.output_token_ids)) if seq.is_new_to_slot else None
-    return SampleRow(seq.seat, seq.sampling, seq.seed, seq.num_outputs, history)
 
 
 def _failed(request_id: str, message: str) -> TokenDelta:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.control import HostSnapshot, Order
 from engine.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -99,6 +100,7 @@ class GenerateRequest:
         ttft_slo_s, tpot_slo_s: what this client is promised, in seconds; None is the model's own.
         priority: smaller is sooner (vLLM's field); one step is worth ten seconds of waiting.
         unpaced: its tokens are handed out as soon as they exist, also those ahead of the pace it is promised.
+        session_id: requests of one session are routed alike while it pays; the engine does not look at it.
     """
 
     request_id: str
@@ -109,6 +111,7 @@ class GenerateRequest:
     tpot_slo_s: float | None = None
     priority: int = 0
     unpaced: bool = False
+    session_id: str = ""
 
 
 PENDING_TOKEN = -1
@@ -262,6 +265,8 @@ class MemorySnapshot:
         balloon: chunks of host memory that hold KV.
         balloon_cached: those of them that no sequence uses, kept for prompts that begin alike.
         balloon_logical, balloon_physical: chunks that new requests may send others to, and that there are.
+        balloon_limit: chunks that there may be, by configuration or order; 0 if there is no balloon.
+        balloon_slab: chunks that it grows and shrinks by.
         copied_out_bytes, copied_in_bytes: between the device and the balloon, since start.
         kv_tokens: tokens whose KV is held by live sequences.
         driver_calls: create, map, unmap and release calls since start, in the engine's thread.
@@ -287,6 +292,8 @@ class MemorySnapshot:
     balloon_cached: int = 0
     balloon_logical: int = 0
     balloon_physical: int = 0
+    balloon_limit: int = 0
+    balloon_slab: int = 0
     copied_out_bytes: int = 0
     copied_in_bytes: int = 0
     weight_bytes: int = 0
@@ -312,6 +319,14 @@ class EngineSnapshot:
             `return`, `recompute` (memory was taken and the balloon had no room), `shed`, `fetch_prefix` (the
             balloon had a prompt's beginning, or more of it), and the balloon's logical size, `deflate` (next
             tokens late) and `inflate` (first tokens late).
+        first_in_time, first_late: first tokens so far that came when promised, and that came later.
+        paced_in_time, paced_late: answers in full whose mean time per token was as promised, or was longer.
+        num_waiting_late: requests that wait for a first token and cannot have it in time any more.
+        oldest_wait_s: how long the request that came first has waited for its first token.
+        prompt_token_s: seconds that a step takes for each token of a prompt; 0 while nothing is known.
+        order: of the controller, that is obeyed.
+        order_age_s: since it came.
+        host: the machine; None where the engine's process does not tell.
     """
 
     model_id: str
@@ -332,6 +347,16 @@ class EngineSnapshot:
     num_deposited: int = 0
     expected_ttft_s: float = 0.0
     decisions: tuple[tuple[str, int], ...] = ()
+    first_in_time: int = 0
+    first_late: int = 0
+    paced_in_time: int = 0
+    paced_late: int = 0
+    num_waiting_late: int = 0
+    oldest_wait_s: float = 0.0
+    prompt_token_s: float = 0.0
+    order: Order | None = None
+    order_age_s: float = 0.0
+    host: HostSnapshot | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from engine.memory.layer_wise import Offload
 from engine.messages import MemorySnapshot, StepPlan
 from engine.model.sampler import Sampled, SampleRow
+from engine.sequence import Sequence as EngineSequence
 
 
 class Runner(Protocol):
@@ -51,3 +52,9 @@ class OutsideMemory(Protocol):
 
     def release_unused(self) -> None:
         """Give back what libraries keep for later."""
+
+
+def sample_row(seq: EngineSequence) -> SampleRow:
+    """What the sampler needs to know of a sequence for its next token."""
+    history = (seq.prompt_token_ids, tuple(seq.output_token_ids)) if seq.is_new_to_slot else None
+    return SampleRow(seq.seat, seq.sampling, seq.seed, seq.num_outputs, history)

@@ -62,24 +62,23 @@ class Scheduler:
         self._pace = Pace(config, self.step_times)
         self._clock = clock
         self.turns = Turns(config, pool)
-        self._waiting = WaitingLine(pool, by_deadline=config.policy == "slo")
+        self.waiting = WaitingLine(pool, by_deadline=config.policy == "slo")
         self._active: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._free_seats = list(range(config.max_num_seqs))[::-1]
         self._is_held_up = False
         self._num_lacking = 0  # chunks that the next waiting request lacks
         self.fetching = Fetching(pool, self.turns.decisions)
-        self.staging = Staging(config, pool, self.step_times, self.turns, self._waiting)
+        self.staging = Staging(config, pool, self.step_times, self.turns, self.waiting)
         self.queue_time = QueueTime()
         self._num_drafts = self._num_steps = self.num_preemptions = 0
-        self.prompt_tokens = self.generated_tokens = 0
-        self.prefix_queries = self.prefix_hits = 0
+        self.prompt_tokens = self.generated_tokens = self.prefix_queries = self.prefix_hits = 0
         self.finished: Counter[FinishReason] = Counter()
 
     @property
     def num_waiting(self) -> int:
         """Requests without KV, preempted ones included."""
-        return len(self._waiting)
+        return len(self.waiting)
 
     @property
     def num_running(self) -> int:
@@ -94,7 +93,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new request."""
         self._by_id[seq.request_id] = seq
-        self._waiting.add(seq)
+        self.waiting.add(seq)
 
     def get(self, request_id: str) -> Sequence | None:
         """The unfinished sequence of that request."""
@@ -116,7 +115,7 @@ class Scheduler:
         running = self._take_turns(now_s)
         more = self._active if len(running) < len(self._active) else []
         begun = [seq for seq in more if not seq.is_decoding and not seq.is_arriving]
-        lacking = self._waiting.num_lacking_tokens + sum([seq.num_tokens - seq.num_computed for seq in begun])
+        lacking = self.waiting.num_lacking_tokens + sum([seq.num_tokens - seq.num_computed for seq in begun])
         step_tokens = self._step_tokens(running, begun, now_s)
         draft = Draft(self._num_drafts, self._pool, step_tokens, self._config.largest_step)
         is_short = self._add_running(draft, running)
@@ -124,7 +123,7 @@ class Scheduler:
         self._num_lacking = 0
         if not is_short:
             self._admit(draft, running, now_s)
-        self._is_held_up = len(self._waiting) > 0 and (is_short or draft.tokens_left > 0)
+        self._is_held_up = len(self.waiting) > 0 and (is_short or draft.tokens_left > 0)
         if draft.is_empty and not self._is_unsettled() and self.turns.bring_back_any(now_s):
             return None
         while draft.is_empty and len(self._active) > 1 and not self._is_unsettled():
@@ -198,7 +197,7 @@ class Scheduler:
 
     def _step_tokens(self, running: list[Sequence], begun: list[Sequence], now_s: float) -> int:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
-        waiting = None if self._is_held_up else self._waiting
+        waiting = None if self._is_held_up else self.waiting
         backlog = backlog_of(begun, waiting, now_s if self._config.policy == "slo" else None)
         bearable_s = self.turns.bearable_s(running, now_s) if backlog.due else 0.0
         return len(running) + self._pace.prompt_tokens(running, backlog, bearable_s, self.turns.prompt_share)
@@ -221,13 +220,13 @@ class Scheduler:
         that decode then.
         """
         turns = self.turns
-        self._waiting.pass_time(now_s, self.step_times.per_prompt_token(0) * _NEVER_ALONE)
+        self.waiting.pass_time(now_s, self.step_times.per_prompt_token(0) * _NEVER_ALONE)
         for seq in turns.settle():
             self._return(seq)
         self.prefix_hits += self.fetching.settle()
         running = self._decodable()
-        has_prompts = len(self._waiting) > 0 or len(running) < len(self._active)
-        turns.tick(now_s, running, has_prompts, self._waiting.is_late)
+        has_prompts = len(self.waiting) > 0 or len(running) < len(self._active)
+        turns.tick(now_s, running, has_prompts, self.waiting.is_late)
         if self._pool.parking is None:
             return running
         for seq, num_chunks, why in turns.victims(now_s, self._active, running, self._num_lacking):
@@ -292,8 +291,8 @@ class Scheduler:
 
     def _admit(self, draft: Draft, running: list[Sequence], now_s: float) -> None:
         """Start waiting requests while the whole of what they know fits beside the draft."""
-        while self._waiting and self._free_seats and self._pool.num_free_slots and draft.tokens_left > 0:
-            candidate = self._admission.next(self._waiting, self._active, draft)
+        while self.waiting and self._free_seats and self._pool.num_free_slots and draft.tokens_left > 0:
+            candidate = self._admission.next(self.waiting, self._active, draft)
             if candidate is None:
                 return
             seq, match = candidate
@@ -315,9 +314,9 @@ class Scheduler:
         opened = self._pool.open_slot(match, seq.chain, seq.num_tokens)
         if opened is None:
             return False
-        if self._waiting.head is not seq:
-            self._waiting.head.num_overtaken += 1
-        self._waiting.started(seq)
+        if self.waiting.head is not seq:
+            self.waiting.head.num_overtaken += 1
+        self.waiting.started(seq)
         seq.open(self.fetching.begin(seq, opened), self._free_seats.pop())
         seq.move(State.PREFILLING)
         insort(self._active, seq, key=_age)
@@ -329,7 +328,8 @@ class Scheduler:
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenDelta:
         if not seq.output_token_ids:
             self.prompt_tokens += len(seq.prompt_token_ids)
-            seq.first_token_s = self._clock()
+            seq.first_token_s = now_s = self._clock()
+            self.turns.promises.first_token(seq, now_s)
         seq.output_token_ids.append(token)
         self.generated_tokens += 1
         reason = seq.ending(self._eos, self._max_model_len)
@@ -351,12 +351,12 @@ class Scheduler:
 
     def _remove(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.state is State.WAITING:
-            self._waiting.remove(seq)
+            self.waiting.remove(seq)
         else:
             release = self._release_parked if seq.state is State.PARKED else self._release
             release(seq, is_sound=reason != "error")
         if reason in ("stop", "length"):
-            self.turns.finished(seq, stopped=reason == "stop")
+            self.turns.finished(seq, self._clock(), stopped=reason == "stop")
         seq.move(State.FINISHED)
         del self._by_id[seq.request_id]
 
@@ -366,7 +366,7 @@ class Scheduler:
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self.turns.decisions["recompute"] += 1
-        self._waiting.add(seq)
+        self.waiting.add(seq)
 
     def _release(self, seq: Sequence, is_sound: bool = True) -> None:
         """Take a sequence's slot. What it computed stays there, unless that may be what made it fail."""

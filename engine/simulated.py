@@ -12,6 +12,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +22,8 @@ from engine.memory.copies import Direction, Ticket
 from engine.memory.driver import ChunkDriver
 from engine.memory.mapper import Call, Failure, PythonMapper
 from engine.memory.slabs import Slab
+
+T = TypeVar("T")
 
 _BASE, _SLAB_BASE = 1 << 44, 1 << 45  # addresses that nobody has, and that read well
 
@@ -110,6 +114,39 @@ class _SimulatedTicket:
             advance_to(self.end)
         while not self.is_done:
             time.sleep(self.end - self._clock())
+
+
+class SimulatedWorker(Executor):
+    """A background thread that does everything at once, and is done with one thing after the other later.
+
+    Args:
+        clock: seconds.
+        task_s: that each thing takes, such as pinning a slab.
+    """
+
+    def __init__(self, clock: Callable[[], float], task_s: float) -> None:
+        self._clock = clock
+        self._task_s = task_s
+        self._idle_at = 0.0
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        self._idle_at = max(self._idle_at, self._clock()) + self._task_s
+        future: _Due[T] = _Due(self._clock, self._idle_at)
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # whoever asks for the result has it
+            future.set_exception(error)
+        return future
+
+
+class _Due(Future[T]):
+    def __init__(self, clock: Callable[[], float], at: float) -> None:
+        super().__init__()
+        self._clock = clock
+        self._at = at
+
+    def done(self) -> bool:
+        return self._clock() >= self._at
 
 
 class NullVirtualMemory(ChunkDriver):

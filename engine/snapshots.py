@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.messages import EngineSnapshot, MemorySnapshot
+from engine.orders import Orders
 from engine.scheduler import Scheduler
 
 
@@ -16,9 +17,11 @@ def take_snapshot(
     num_steps: int,
     last_step_s: float,
     num_deposited: int,
+    orders: Orders,
 ) -> EngineSnapshot:
     """Raw facts of this moment."""
     turns = scheduler.turns
+    promises, steps = turns.promises, scheduler.step_times
     parkings = sum(count for name, count in turns.decisions.items() if name.startswith("park"))
     return EngineSnapshot(
         model_id=model_id,
@@ -39,4 +42,13 @@ def take_snapshot(
         num_deposited=num_deposited,
         expected_ttft_s=scheduler.queue_time.first_token_s(0),
         decisions=tuple(turns.decisions.items()),
+        first_in_time=promises.first_in_time,
+        first_late=promises.first_late,
+        paced_in_time=promises.paced_in_time,
+        paced_late=promises.paced_late,
+        num_waiting_late=scheduler.waiting.num_late,
+        oldest_wait_s=scheduler.waiting.oldest_s(now_s),
+        prompt_token_s=steps.per_prompt_token(0) if steps.is_fitted else 0.0,
+        order=orders.last,
+        order_age_s=orders.age_s,
     )

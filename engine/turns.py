@@ -20,6 +20,7 @@ from engine.feedback import Feedback
 from engine.governor import Governor
 from engine.memory.parking import Parking
 from engine.memory.pool import MemoryPool
+from engine.promises import Promises
 from engine.sequence import Sequence, State
 
 _CROWDED = 0.75  # of the pool, needed by somebody: with less, nobody will be parked soon
@@ -37,6 +38,8 @@ class Turns:
     Attributes:
         nobody_yields: a request waits for memory, and by the last look nobody could leave for it.
         decisions: how often each was made.
+        min_retained_chunks, admission_weight: levers of `engine.orders`.
+        promises: those kept and not kept so far.
 
     Args:
         config: `policy`, `turn_tokens`, `min_retained_chunks` and those of `Feedback`.
@@ -46,7 +49,9 @@ class Turns:
     def __init__(self, config: SchedulerConfig, pool: MemoryPool) -> None:
         self._takes_turns = config.policy == "slo"
         self._turn_tokens = config.turn_tokens
-        self._min_retained = config.min_retained_chunks
+        self.min_retained_chunks = config.min_retained_chunks
+        self.admission_weight = 1.0
+        self.promises = Promises()
         self._pool = pool
         self._parked: list[Sequence] = []
         self._returning: Sequence | None = None
@@ -102,8 +107,8 @@ class Turns:
 
     @property
     def prompt_share(self) -> float:
-        """Of the largest step, for prompt tokens."""
-        return self._feedback.share
+        """Of the largest step, for prompt tokens: two caps, of which the lower one counts."""
+        return min(self._feedback.share, self.admission_weight)
 
     def tick(
         self, now_s: float, running: Sequences[Sequence], has_prompts: bool, first_token_late: bool
@@ -169,7 +174,7 @@ class Turns:
         if parking is None:
             return False
         num_own = self._pool.kv.num_own_chunks(seq.held_slot)
-        if num_own - num_chunks < self._min_retained:
+        if num_own - num_chunks < self.min_retained_chunks:
             num_chunks = num_own
         if not parking.park(seq.backing, seq.held_slot, seq.num_computed, num_chunks):
             return False
@@ -227,12 +232,13 @@ class Turns:
         if self._pool.parking is not None:
             self._governor.step(slowness, self._is_copying_out)
 
-    def finished(self, seq: Sequence, stopped: bool) -> None:
+    def finished(self, seq: Sequence, now_s: float, stopped: bool) -> None:
         """A request was answered in full: the forecast learns from its length.
 
         Args:
             stopped: by itself, and not because it was to be no longer.
         """
+        self.promises.ended(seq, now_s)
         self._lengths.ended(seq.num_outputs, stopped)
 
     def runway_s(self, seq: Sequence, now_s: float) -> float:

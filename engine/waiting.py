@@ -10,6 +10,7 @@ from engine.sequence import Sequence
 
 _LATE_TURN = 4
 _LOOK_AHEAD = 32
+_HEADS = 8  # those that are due first came about first, and a snapshot is taken every step
 _PRIORITY_S = 10.0  # of waiting that one step of priority is worth
 
 
@@ -40,6 +41,17 @@ class WaitingLine:
     def is_late(self) -> bool:
         """Whether somebody waits longer for the first token than was promised."""
         return bool(self._late)
+
+    @property
+    def num_late(self) -> int:
+        """Those that wait longer than that."""
+        return len(self._late)
+
+    def oldest_s(self, now_s: float) -> float:
+        """How long one of those that came first has waited for its first token; 0 if nobody does."""
+        heads = (*self._line[:_HEADS], *self._late[:_HEADS])
+        arrivals = [seq.arrival_s for seq in heads if seq.first_token_s is None]
+        return now_s - min(arrivals, default=now_s)
 
     @property
     def head(self) -> Sequence:

@@ -84,17 +84,22 @@ class HostRows:
             row.users += 1
 
     def release(self, rows: Sequence[HostRow]) -> None:
-        """One user less for each. A row that nobody uses stays if it can be found, and is free otherwise.
+        """One user less for each. A row that nobody uses stays if it can be found, and no order is against
+        it; it is free otherwise.
 
         No copy from or into those rows may be under way for that user.
         """
         free: list[int] = []
         for row in reversed(rows):
             row.users -= 1
-            if not row.users and row.digest is not None:
-                self._idle[row] = None
-            elif not row.users:
+            if row.users:
+                continue
+            is_over = self.balloon.num_used - len(free) > self.balloon.num_logical
+            if row.digest is None or is_over or self._must_go(row):
+                self._forget(row)
                 free += row.chunks
+            else:
+                self._idle[row] = None
         self.balloon.put_back(free)
 
     def remember(self, row: HostRow, digest: bytes) -> None:
@@ -106,6 +111,17 @@ class HostRows:
     def find(self, digests: Iterable[bytes]) -> list[HostRow]:
         """Rows of these hashes, up to the first that is not there."""
         return [self._index[digest] for digest in takewhile(self._index.__contains__, digests)]
+
+    def deflate(self) -> None:
+        """Give up rows that nobody uses and that an order leaves no room for: those in slabs that are to go
+        back to the host, then as many as are beyond the balloon's logical size.
+        """
+        for row in [row for row in self._idle if self._must_go(row)]:
+            del self._idle[row]
+            self._forget(row)
+            self.balloon.put_back(row.chunks)
+        excess = self.balloon.num_used - self.balloon.num_logical
+        self._give_up(max(0, -(-excess // self._num_groups)))
 
     def forget_idle(self) -> None:
         """Give up all rows that nobody uses."""
@@ -130,7 +146,15 @@ class HostRows:
     def _give_up(self, count: int) -> None:
         for row in list(self._idle)[:count]:
             del self._idle[row]
-            if row.digest is not None:
-                del self._index[row.digest]
-                row.digest = None
+            self._forget(row)
             self.balloon.put_back(row.chunks)
+
+    def _must_go(self, row: HostRow) -> bool:
+        """Whether a slab that the row has a chunk in is to go back to the host."""
+        return any(map(self.balloon.is_leaving, row.chunks)) if self.balloon.is_shrinking else False
+
+    def _forget(self, row: HostRow) -> None:
+        """Nobody finds it any more."""
+        if row.digest is not None:
+            del self._index[row.digest]
+            row.digest = None

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+import cluster.reports
+import engine.control
 import engine.errors
 import engine.messages
 from engine.errors import BallonetError
@@ -46,8 +48,11 @@ def errors() -> list[type[BallonetError]]:
 
 
 def messages() -> list[type]:
-    """Every dataclass of engine.messages."""
-    members = (member for _, member in inspect.getmembers(engine.messages, inspect.isclass))
+    """Every dataclass of the modules that hold nothing else."""
+    modules = (engine.messages, engine.control, cluster.reports)
+    members = {
+        member: None for module in modules for _, member in inspect.getmembers(module, inspect.isclass)
+    }
     return [member for member in members if dataclasses.is_dataclass(member)]
 
 

@@ -262,7 +262,7 @@ def drive(
     Raises:
         RuntimeError: the engine has stopped although requests are open.
     """
-    load = _Load(workload, submit_for_s)
+    load = Load(workload, submit_for_s)
     idle = 0
     origin = clock()
     watch = StepWatch(origin, engine.snapshot, engine.steps_ahead)
@@ -283,7 +283,7 @@ def drive(
     return load.driven(clock() - origin, watch)
 
 
-class _Load:
+class Load:
     """Which requests are due, and what became of them.
 
     Attributes:

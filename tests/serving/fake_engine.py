@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from engine.config import EngineConfig
+from engine.control import Order, OrderAnswer
 from engine.errors import EngineDeadError, ModelLoadError, OverloadedError, RequestError
 from engine.messages import (
     EngineInfo,
@@ -42,6 +43,7 @@ class FakeEngine:
         self._queries = self._hits = 0
         self._sender = TokenSender(self._running.discard)
         self._is_stuck = False
+        self._order: Order | None = None
 
     async def info(self) -> EngineInfo:
         if self._config.model.source == "missing":
@@ -146,10 +148,15 @@ class FakeEngine:
             memory=memory,
             prefix_queries=self._queries,
             prefix_hits=self._hits,
+            order=self._order,
         )
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def apply(self, order: Order) -> OrderAnswer:
+        self._order = order
+        return OrderAnswer("applied", order.epoch, order.revision)
 
     async def check_health(self) -> None:
         if self._is_stuck:

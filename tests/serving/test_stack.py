@@ -216,3 +216,17 @@ def test_an_engine_that_cannot_start_is_one_message(base_url: str, port: int, to
     _eventually(lambda: "broken" not in serve.status().applications)
     assert ROUTE in base_url  # the other application is still there
     assert httpx.get(f"{base_url}/health").status_code == 200
+
+
+def test_the_controller_is_obeyed_and_status_tells_its_orders(http: httpx.Client) -> None:
+    """Orders travel through Serve to every group, and come back in the snapshots."""
+
+    def orders() -> list[Any]:
+        models = http.get("/status").json()["models"]
+        return [engine["order"] for model in models for engine in model["engines"]]
+
+    give_up = time.monotonic() + 60
+    while not all(orders()) or len(orders()) < 4:
+        assert time.monotonic() < give_up
+        time.sleep(0.2)
+    assert all(order["epoch"] >= 1 and order["admission_weight"] == 1.0 for order in orders())

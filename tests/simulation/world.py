@@ -21,13 +21,14 @@ from engine.memory.pool import MemoryPool
 from engine.messages import EngineInfo, GenerateRequest, SamplingParams, StepPlan
 from engine.model.sampler import Sampled, SampleRow
 from engine.scheduler import Scheduler
-from engine.simulated import NullSlabs, NullVirtualMemory, SimulatedCopies, VirtualClock
+from engine.simulated import NullSlabs, NullVirtualMemory, SimulatedCopies, SimulatedWorker, VirtualClock
 from tests.bench.in_process import EngineStepper
 
 GIB = 1 << 30
 _CHUNK_BYTES = 2 << 20
 _NUM_LAYERS = 32
 _STEPS_AHEAD = 1  # as on a GPU
+_PIN_S = 0.67  # a GiB (DESIGN.md 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ class SimulatedEngine(EngineStepper):
     Args:
         pool_gib: device memory for KV and activations.
         balloon_gib: host memory; 0 is none.
+        slab_gib: it grows and shrinks by; None is there at once, for good.
         scheduler, slo, memory: of the engine.
         priority_of: a request's priority, by its id.
     """
@@ -141,6 +143,7 @@ class SimulatedEngine(EngineStepper):
         max_model_len: int = 16_384,
         device: Device = H100_8B,
         priority_of: Callable[[str], int] = lambda request_id: 0,
+        slab_gib: float | None = None,
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192)
         memory = memory or MemoryConfig(enable_prefix_caching=False)
@@ -167,7 +170,7 @@ class SimulatedEngine(EngineStepper):
             _CHUNK_BYTES, self.clock, device.link_bytes_s, lambda: self.device.idle_at, self.device.hold
         )
         if balloon_gib:
-            self.pool.add_balloon(_balloon(balloon_gib), self.copies)
+            self.pool.add_balloon(_balloon(balloon_gib, slab_gib, self.clock), self.copies)
         info = EngineInfo("simulated", "none", "bfloat16", max_model_len, 1 << 20, (0,), 0, 0, 0, 0, 0.0)
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, (0,), self.clock)
         self.engine = Engine(
@@ -189,10 +192,16 @@ class SimulatedEngine(EngineStepper):
         self.engine.submit(GenerateRequest(request_id, tuple(prompt), sampling, priority=priority))
 
 
-def _balloon(gib: float) -> Balloon:
-    """Host memory that is there at once, so that a run does not depend on a thread's pace."""
-    chunks = int(gib * GIB) // _CHUNK_BYTES
-    balloon = Balloon(NullSlabs(), _CHUNK_BYTES, chunks, chunks, host_room=lambda: 1 << 60)
+def _balloon(gib: float, slab_gib: float | None, clock: VirtualClock) -> Balloon:
+    """Host memory. Without slabs it is there at once, so that a run does not depend on a thread's pace."""
+    chunks, room = int(gib * GIB) // _CHUNK_BYTES, 1 << 60
+    if slab_gib is not None:
+        slab = int(slab_gib * GIB) // _CHUNK_BYTES
+        worker = SimulatedWorker(clock, _PIN_S * slab_gib)
+        return Balloon(
+            NullSlabs(), _CHUNK_BYTES, chunks, slab, lambda: room, clock, is_filled=True, worker=worker
+        )
+    balloon = Balloon(NullSlabs(), _CHUNK_BYTES, chunks, chunks, host_room=lambda: room)
     balloon.grow_ahead()
     while balloon.num_physical < chunks:
         balloon.grow_ahead()

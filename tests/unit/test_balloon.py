@@ -161,7 +161,7 @@ def test_addresses_are_those_of_the_slabs() -> None:
     for chunk in (1, 2, 3, 5, 6, 7, 9):
         assert addresses[chunk] == addresses[chunk - 1] + CHUNK
     assert {address % CHUNK for address in addresses} == {0}
-    with pytest.raises(IndexError):
+    with pytest.raises(KeyError):
         balloon.address_of(3 * SLAB)
     balloon.close()
 
@@ -318,7 +318,7 @@ def test_close_waits_for_the_slab_that_is_being_made(slabs: SlabsOnDemand) -> No
 def test_a_dropped_balloon_goes_away_by_itself() -> None:
     balloon = Balloon(PlainSlabs(), CHUNK, MAX, SLAB, lambda: PLENTY)
     grown(balloon, SLAB)
-    slab, worker = weakref.ref(balloon._slabs[0]), next(iter(balloon._worker._threads))
+    slab, worker = weakref.ref(balloon._slabs[0].slab), next(iter(balloon._worker._threads))  # type: ignore[attr-defined]
     del balloon
     gc.collect()
     assert slab() is None

@@ -348,3 +348,22 @@ def test_sizes(text: object, num_bytes: int) -> None:
 def test_no_sizes(text: object) -> None:
     with pytest.raises(ValueError, match="no size"):
         parse_bytes(text)
+
+
+def test_the_controller_can_be_off_and_its_constants_set() -> None:
+    off = validate(ServingArgs, _args() | {"controller": {"enabled": False}})
+    assert off.controller.policy() is None
+    written = {"host_memory_bytes": "64GiB", "dwell_s": 20.0, "target": 0.9}
+    policy = validate(ServingArgs, _args() | {"controller": written}).controller.policy()
+    assert policy is not None
+    assert (policy.host_memory_bytes, policy.dwell_s, policy.target) == (64 * 2**30, 20.0, 0.9)
+    with pytest.raises(ConfigError, match="controller.target"):
+        validate(ServingArgs, _args() | {"controller": {"target": 2.0}})
+
+
+def test_an_engine_starts_with_the_part_of_the_host_that_it_is_told() -> None:
+    llm = validate(ServingArgs, _args()).llm_configs[0]
+    assert to_engine_config(llm, "cpu").memory.balloon_share == MemoryConfig().balloon_share
+    assert to_engine_config(llm, "cpu", 0.125).memory.balloon_share == 0.125
+    llm = validate(ServingArgs, _args(memory={"balloon_share": 0.25})).llm_configs[0]
+    assert to_engine_config(llm, "cpu", 0.125).memory.balloon_share == 0.25

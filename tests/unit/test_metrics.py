@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from cluster.controller_metrics import ControllerMetrics
 from cluster.metrics import (
     REGISTRY,
-    ControllerMetrics,
     GroupMetrics,
     IngressMetrics,
     Metric,
     memory_by_owner,
     pool_by_owner,
 )
+from cluster.policy import Action, PolicyConfig, State, decide
+from cluster.reports import GroupReport
 from tests.unit.samples import MEMORY, RecordingBackend, snapshot
 
 RESERVED = {"deployment", "replica", "application", "route"}  # Ray Serve adds these itself
@@ -32,6 +35,10 @@ def _drive(backend: RecordingBackend) -> None:
     controller.looked("a", 1)
     controller.failed("a")
     controller.ticked(0.01)
+    controller.ordered("a", "applied")
+    reports = [GroupReport("g", "a", 1, 2.0, snapshot("a"))]
+    decision, state = decide(reports, State(1), PolicyConfig(), 0.0)
+    controller.decided(replace(decision, actions=(Action("g", "balloon_up", "need"),)), state, 0.001)
 
 
 def test_every_row_is_fed_with_its_kind_and_its_labels() -> None:

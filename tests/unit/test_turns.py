@@ -73,7 +73,7 @@ class Stage:
     def finished(self, *lengths: int) -> None:
         """Requests of such lengths have been answered."""
         for length in lengths:
-            self.turns.finished(sequence(outputs=length), stopped=True)
+            self.turns.finished(sequence(outputs=length), 0.0, stopped=True)
 
 
 def sequence(

@@ -1,0 +1,297 @@
+"""What the controller decides, as a pure function of what the groups told: `decide`.
+
+Three time scales, and who acts on each: an engine's own feedback halves and doubles its room within a
+fraction of a second (`engine.feedback`); this moves memory between groups and weighs groups of a model within
+seconds; Serve's autoscaler starts groups within minutes, when this says that memory does not help any more.
+
+Every lever has a dwell time, within which it does not go back the way it came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cluster.host_shares import Claim, divide
+from cluster.policy_facts import Facts, Levers, Outlook, facts_of, look
+from cluster.policy_models import ModelState, judge_models
+from cluster.reports import GroupReport, Instruction
+from engine.control import Order
+from engine.errors import ConfigError
+
+_SAME = 0.05  # what a node has available changes by less all the time
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """The constants of the policy.
+
+    Attributes:
+        host_memory_bytes: of each node, for all balloons on it; None is what the node has, less the reserve.
+        reserve: share of a node's memory that no balloon takes: an engine makes no slab beyond seven eighths.
+        floor: share of an equal part that each group keeps, so that one that wakes up can park somebody.
+        headroom: times what a group needs just now is what it is given: the next requests come before the
+            next order has been carried out, which takes seconds of pinning.
+        need_half_life_s: a need that has gone counts half after so long: gaps of a few seconds between bursts
+            take nobody's memory away.
+        dead_band: share of an equal part; moves of less are not made.
+        dwell_s: a lever does not go back within; several times what a slab takes to change hands (0.2 s).
+        target: share of promises to be kept. Below it a group counts as late.
+        patience_s: lateness of next tokens that lasts so long is no burst, and beyond the engine's means.
+        least_weight: admission weights do not go below; a group with less would hardly be heard of again.
+        recovery: times `dwell_s` before a weight goes up again: the load may still be too much.
+        replica_patience_s: a model that is late so long, though memory cannot help, needs a group more.
+            Long enough for memory to have been moved and used.
+        replica_idle_s: a model that could do with a group less for so long gives it up: a start takes
+            minutes.
+        forget_s: a group that does not answer for so long has gone, and its memory with it.
+    """
+
+    host_memory_bytes: int | None = None
+    reserve: float = 0.125
+    floor: float = 0.1
+    headroom: float = 1.25
+    need_half_life_s: float = 5.0
+    dead_band: float = 0.1
+    dwell_s: float = 10.0
+    target: float = 0.95
+    patience_s: float = 5.0
+    least_weight: float = 0.25
+    recovery: float = 4.0
+    replica_patience_s: float = 30.0
+    replica_idle_s: float = 300.0
+    forget_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("reserve", "floor", "dead_band", "target", "least_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"controller.{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.least_weight == 0 or self.headroom < 1 or self.need_half_life_s <= 0:
+            raise ConfigError("controller: least_weight, headroom - 1 and need_half_life_s must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the policy remembers. A new controller takes it from the groups' answers: `recovered`.
+
+    Attributes:
+        epoch, revision: of the newest order.
+        orders: the newest one of each group; those it has not heard of are said again.
+        budgets: bytes of each node, so that small changes of what is available move nobody.
+    """
+
+    epoch: int
+    revision: int = 0
+    groups: Mapping[str, Outlook] = field(default_factory=dict)
+    orders: Mapping[str, Order] = field(default_factory=dict)
+    budgets: Mapping[str, int] = field(default_factory=dict)
+    models: Mapping[str, ModelState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing that was decided, for those who count."""
+
+    subject: str
+    action: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is to be done.
+
+    Attributes:
+        instructions: for groups whose orders are new, or that have not heard of them.
+        weights: of each group, for the router.
+        replicas: groups that each model should have.
+        actions: what has changed, and why.
+    """
+
+    instructions: tuple[Instruction, ...]
+    weights: Mapping[str, float]
+    replicas: Mapping[str, int]
+    actions: tuple[Action, ...]
+
+
+def recovered(reports: Sequence[GroupReport], config: PolicyConfig, now: float) -> State:
+    """The state of a controller that has just started: a higher epoch than any that a group has heard of, and
+    each group's levers where they are. None moves before a dwell time has passed.
+    """
+    orders = {
+        report.group_id: report.snapshot.order
+        for report in reports
+        if report.snapshot is not None and report.snapshot.order is not None
+    }
+    epoch = 1 + max((order.epoch for order in orders.values()), default=0)
+    groups = {}
+    for report in reports:
+        if (facts := facts_of(report)) is not None and facts.group_id in orders:
+            levers = Levers.of_order(orders[facts.group_id], facts.num_ranks, now)
+            groups[facts.group_id] = Outlook(facts, levers, levers.size.value / config.headroom, now)
+    return State(epoch, groups=groups)
+
+
+def decide(
+    reports: Sequence[GroupReport], state: State, config: PolicyConfig, now: float
+) -> tuple[Decision, State]:
+    """Orders for the groups, and advice for the router and the autoscaler.
+
+    Args:
+        reports: of all groups that answer; one whose engine does not is counted for a while as it was.
+        state: as the last call returned it, or `recovered`.
+        now: seconds that never go back.
+
+    Returns:
+        What is to be done, and the state for the next call.
+    """
+    groups = _look_at(reports, state, config, now)
+    budgets = _budgets(groups, state, config)
+    moved: dict[str, Outlook] = {}
+    for node_id, members in _by(groups, lambda facts: facts.node_id).items():
+        moved |= _divide_node(members, budgets[node_id], config, now)
+    models, replicas = judge_models(moved, state.models, config, now)
+    for members in _by(moved, lambda facts: facts.model_id).values():
+        moved |= _weigh(members, config, now)
+    moved = {group_id: _retain(one, config, now) for group_id, one in moved.items()}
+    orders, revision = _orders(moved, state)
+    instructions = tuple(
+        Instruction(one.group_id, orders[one.group_id], replicas[one.model_id])
+        for one in reports
+        if one.snapshot is not None
+        and (one.snapshot.order, one.wanted_replicas) != (orders[one.group_id], replicas[one.model_id])
+    )
+    actions = [action for group_id, one in moved.items() for action in _changes(group_id, groups, one)]
+    actions += [
+        Action(model_id, "ask_for_replicas" if model.wanted > model.num_groups else "give_replicas_up", why)
+        for model_id, model in models.items()
+        if (why := model.changed)
+    ]
+    weights = {group_id: one.levers.weight.value for group_id, one in moved.items()}
+    done = Decision(instructions, weights, replicas, tuple(actions))
+    return done, State(state.epoch, revision, moved, orders, budgets, models)
+
+
+def _look_at(
+    reports: Sequence[GroupReport], state: State, config: PolicyConfig, now: float
+) -> dict[str, Outlook]:
+    """Every group as it is now, after what is remembered of it."""
+    groups = {group_id: one for group_id, one in state.groups.items() if now - one.seen_s <= config.forget_s}
+    for report in reports:
+        facts = facts_of(report)
+        if facts is not None:
+            groups[facts.group_id] = look(facts, groups.get(facts.group_id), config.need_half_life_s, now)
+    return groups
+
+
+def _budgets(groups: Mapping[str, Outlook], state: State, config: PolicyConfig) -> dict[str, int]:
+    """Bytes for balloons on each node: what is available, and what they have, less the reserve."""
+    budgets = {}
+    for node_id, members in _by(groups, lambda facts: facts.node_id).items():
+        held = sum(one.facts.physical for one in members.values())
+        host = next((one.facts for one in members.values()), None)
+        budget = config.host_memory_bytes
+        if budget is None and host is not None:
+            budget = max(0, host.host_available + held - int(config.reserve * host.host_total))
+        before = state.budgets.get(node_id)
+        is_same = before is not None and abs((budget or 0) - before) < _SAME * before
+        budgets[node_id] = before if is_same and before is not None else budget or 0
+    return budgets
+
+
+def _divide_node(
+    members: Mapping[str, Outlook], budget: int, config: PolicyConfig, now: float
+) -> dict[str, Outlook]:
+    """The balloons of a node's groups, moved."""
+    elastic = {group_id: one for group_id, one in members.items() if one.facts.slab}
+    claims = [
+        Claim(
+            group_id,
+            int(one.levers.size.value),
+            one.facts.physical,
+            int(one.need * config.headroom),
+            one.facts.slab,
+            one.levers.size.may_move(1, now, config.dwell_s),
+            one.levers.size.may_move(-1, now, config.dwell_s),
+        )
+        for group_id, one in elastic.items()
+    ]
+    if not claims:
+        return dict(members)
+    floor = int(config.floor * budget / len(claims))
+    sizes = divide(claims, budget, floor, int(config.dead_band * budget / len(claims)))
+    return dict(members) | {
+        group_id: one.with_size(sizes[group_id], now, _why(one, sizes[group_id], config))
+        for group_id, one in elastic.items()
+    }
+
+
+def _why(one: Outlook, size: int, config: PolicyConfig) -> str:
+    if size < one.levers.size.value:
+        return "others_need"
+    return "need" if one.need * config.headroom > one.levers.size.value else "unused"
+
+
+def _weigh(members: Mapping[str, Outlook], config: PolicyConfig, now: float) -> dict[str, Outlook]:
+    """Groups of one model: those whose next tokens are late, while others' are not, get fewer prompts."""
+    late = {group_id for group_id, one in members.items() if one.pace.share < config.target}
+    weighed = {}
+    for group_id, one in members.items():
+        weight, since = one.levers.weight, one.pace_late_since
+        since = min(since, now) if group_id in late else math.inf
+        one = replace(one, pace_late_since=since)
+        if now - since >= config.patience_s and len(late) < len(members):
+            one = one.with_weight(
+                max(config.least_weight, weight.value / 2), now, config.dwell_s, "pace_late"
+            )
+        elif since == math.inf and weight.value < 1:
+            recovery_s = config.recovery * config.dwell_s
+            one = one.with_weight(min(1.0, weight.value * 2), now, recovery_s, "pace_kept")
+        weighed[group_id] = one
+    return weighed
+
+
+def _retain(one: Outlook, config: PolicyConfig, now: float) -> Outlook:
+    """Parked sequences leave wholly while somebody waits for memory. Where nobody does, and next tokens are
+    late, less of them leaves, and less has to come back.
+    """
+    is_calm = one.facts.num_waiting == 0 and one.facts.num_parked > 0 and one.first.share >= config.target
+    wanted = 0.25 if is_calm and one.pace.share < config.target else 1.0
+    return one.with_retention(wanted, now, config.dwell_s, "pace_late" if wanted < 1 else "prompts_wait")
+
+
+def _orders(groups: Mapping[str, Outlook], state: State) -> tuple[dict[str, Order], int]:
+    """The newest order of each group: the last one, unless a lever has moved since."""
+    orders, revision = {}, state.revision
+    for group_id, one in groups.items():
+        size = int(one.levers.size.value) // one.facts.num_ranks
+        order = state.orders.get(group_id)
+        levers = size, size, one.levers.retention.value, one.levers.weight.value
+        if order is None or order.levers != levers:
+            revision += 1
+            order = Order(state.epoch, revision, *levers, reason=one.reason)
+        orders[group_id] = order
+    return orders, revision
+
+
+def _changes(group_id: str, before: Mapping[str, Outlook], now: Outlook) -> list[Action]:
+    was = before[group_id].levers
+    pairs = (
+        ("balloon", was.size, now.levers.size),
+        ("weight", was.weight, now.levers.weight),
+        ("retention", was.retention, now.levers.retention),
+    )
+    return [
+        Action(group_id, f"{name}_{'up' if new.value > old.value else 'down'}", now.why.get(name, ""))
+        for name, old, new in pairs
+        if new.value != old.value
+    ]
+
+
+def _by(groups: Mapping[str, Outlook], key: Callable[[Facts], str]) -> dict[str, dict[str, Outlook]]:
+    found: dict[str, dict[str, Outlook]] = defaultdict(dict)
+    for group_id, one in groups.items():
+        found[key(one.facts)][group_id] = one
+    return found

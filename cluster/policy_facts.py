@@ -1,0 +1,218 @@
+"""What the policy knows of one group: facts of its newest report, and what it remembers of earlier ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from cluster.reports import GroupReport
+from engine.control import Order
+from engine.messages import EngineSnapshot
+
+JUDGED_S = 10.0  # promises of that long ago count 1/e: a few hundred requests at 30 a second
+ENOUGH = 5.0  # promises, faded, to judge by
+_USABLE = 0.9  # of the pool, for KV: activations and the ends of chunks take the rest
+_TYPICAL = 1 / 16  # of the pool, for a sequence, until one has been seen
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One group now. Sizes are bytes of the node: those of rank 0 times the ranks.
+
+    Attributes:
+        slab: 0 if it has no balloon.
+        physical, limit: of the balloon: there, and allowed.
+        held: of it, KV that sequences need.
+        pool, kv: of the device, and of it KV of live sequences.
+        first, paced: (kept, not kept) promises since start.
+    """
+
+    group_id: str
+    model_id: str
+    node_id: str
+    num_ranks: int
+    slab: int
+    physical: int
+    limit: int
+    held: int
+    pool: int
+    kv: int
+    num_waiting: int
+    num_waiting_late: int
+    num_running: int
+    num_parked: int
+    expected_ttft_s: float
+    ttft_slo_s: float
+    first: tuple[int, int]
+    paced: tuple[int, int]
+    host_total: int
+    host_available: int
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return self.num_waiting + self.num_running + self.num_parked
+
+
+def facts_of(report: GroupReport) -> Facts | None:
+    """The facts of a report; None if its engine does not answer."""
+    if report.snapshot is None:
+        return None
+    now: EngineSnapshot = report.snapshot
+    memory, host = now.memory, now.host
+    unit = memory.chunk_bytes * report.num_ranks
+    return Facts(
+        group_id=report.group_id,
+        model_id=report.model_id,
+        node_id=host.node_id if host else report.group_id,
+        num_ranks=report.num_ranks,
+        slab=memory.balloon_slab * unit,
+        physical=memory.balloon_physical * unit,
+        limit=memory.balloon_limit * unit,
+        held=(memory.balloon - memory.balloon_cached) * unit,
+        pool=memory.total * unit,
+        kv=memory.kv * unit,
+        num_waiting=now.num_waiting,
+        num_waiting_late=now.num_waiting_late,
+        num_running=now.num_running,
+        num_parked=now.num_parked,
+        expected_ttft_s=now.expected_ttft_s,
+        ttft_slo_s=report.ttft_slo_s,
+        first=(now.first_in_time, now.first_late),
+        paced=(now.paced_in_time, now.paced_late),
+        host_total=host.total_bytes if host else 0,
+        host_available=host.available_bytes if host else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """A value, and which way it went last: 1 up, -1 down, 0 unknown, for one that was found where it is."""
+
+    value: float
+    direction: int = 0
+    moved_s: float = -math.inf
+
+    def may_move(self, direction: int, now: float, dwell_s: float) -> bool:
+        """Whether it may go that way by now."""
+        return direction == self.direction or now - self.moved_s >= dwell_s
+
+    def to(self, value: float, now: float) -> Lever:
+        """Moved."""
+        return self if value == self.value else Lever(value, 1 if value > self.value else -1, now)
+
+
+@dataclass(frozen=True, slots=True)
+class Levers:
+    """All of one group. `size`: of its balloon, in bytes of the node."""
+
+    size: Lever
+    weight: Lever = Lever(1.0)
+    retention: Lever = Lever(1.0)
+
+    @classmethod
+    def of_order(cls, order: Order, num_ranks: int, now: float) -> Levers:
+        """Where an earlier controller left them; they rest for a dwell time."""
+        size = order.balloon_logical_bytes * num_ranks
+        return cls(*(Lever(value, 0, now) for value in (size, order.admission_weight, order.retention)))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Promises kept and not kept lately: older ones fade."""
+
+    kept: float = 0.0
+    missed: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of those kept; 1 while hardly any are known."""
+        known = self.kept + self.missed
+        return self.kept / known if known >= ENOUGH else 1.0
+
+    def then(self, before: tuple[int, int], now: tuple[int, int], passed_s: float) -> Kept:
+        """After so many seconds, in which the counts grew; an engine that started again counts from 0."""
+        fade = math.exp(-passed_s / JUDGED_S)
+        grown = [new - old if new >= old else new for old, new in zip(before, now, strict=True)]
+        return Kept(self.kept * fade + grown[0], self.missed * fade + grown[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A group with its history.
+
+    Attributes:
+        need: host memory that it could make use of; what has gone fades.
+        seen_s: of the facts.
+        sequence_bytes: KV of an open request, on average.
+        first, pace: promises of first and next tokens.
+        pace_late_since: when next tokens began to be late; infinite if they are in time.
+        reason: of the newest order, in words.
+        why: by lever, the reason of its last move in one word.
+    """
+
+    facts: Facts
+    levers: Levers
+    need: float
+    seen_s: float
+    sequence_bytes: float = 0.0
+    first: Kept = Kept()
+    pace: Kept = Kept()
+    pace_late_since: float = math.inf
+    reason: str = "as it was"
+    why: Mapping[str, str] = field(default_factory=dict)
+
+    def with_size(self, size: int, now: float, why: str) -> Outlook:
+        """Its balloon moved."""
+        if size == self.levers.size.value:
+            return self
+        verb = "grow" if size > self.levers.size.value else "shrink"
+        told = f"balloon: {verb} to {size / 2**30:.2f} GiB ({why}; it needs {self.need / 2**30:.2f})"
+        return self._moved("balloon", replace(self.levers, size=self.levers.size.to(size, now)), told, why)
+
+    def with_weight(self, weight: float, now: float, dwell_s: float, why: str) -> Outlook:
+        """Its admission weight moved, if it may."""
+        lever = self.levers.weight
+        if not _may(lever, weight, now, dwell_s):
+            return self
+        told = f"weight {weight:g} ({why})"
+        return self._moved("weight", replace(self.levers, weight=lever.to(weight, now)), told, why)
+
+    def with_retention(self, retention: float, now: float, dwell_s: float, why: str) -> Outlook:
+        """Its layer retention moved, if it may."""
+        lever = self.levers.retention
+        if not _may(lever, retention, now, dwell_s):
+            return self
+        told = f"retention {retention:g} ({why})"
+        return self._moved("retention", replace(self.levers, retention=lever.to(retention, now)), told, why)
+
+    def _moved(self, name: str, levers: Levers, told: str, why: str) -> Outlook:
+        return replace(self, levers=levers, reason=told, why={**self.why, name: why})
+
+
+def _may(lever: Lever, value: float, now: float, dwell_s: float) -> bool:
+    """Whether a lever may go there. Steps the same way keep the dwell time as well."""
+    return value != lever.value and now - lever.moved_s >= dwell_s
+
+
+def look(facts: Facts, before: Outlook | None, half_life_s: float, now: float) -> Outlook:
+    """A group after its newest report."""
+    if before is None:
+        before = Outlook(facts, Levers(Lever(facts.limit)), 0.0, now)
+    passed_s = max(0.0, now - before.seen_s)
+    num_there = facts.num_running + facts.num_parked
+    size = (facts.kv + facts.held) / num_there if num_there else 0.0
+    size = size or before.sequence_bytes or facts.pool * _TYPICAL
+    beyond_device = facts.num_open * size - _USABLE * facts.pool
+    faded = min(before.need, before.levers.size.value) * 0.5 ** (passed_s / half_life_s)
+    needed = max(facts.held, beyond_device, faded)
+    return replace(
+        before,
+        facts=facts,
+        need=needed,
+        seen_s=now,
+        sequence_bytes=size,
+        first=before.first.then(before.facts.first, facts.first, passed_s),
+        pace=before.pace.then(before.facts.paced, facts.paced, passed_s),
+    )

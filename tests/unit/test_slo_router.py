@@ -1,0 +1,229 @@
+"""The router inside Ray Serve's own routing tasks; only the groups are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from ray.serve._private.common import (
+    DeploymentHandleSource,
+    DeploymentID,
+    ReplicaID,
+    RequestMetadata,
+)
+from ray.serve.request_router import PendingRequest
+
+from cluster.router import CHOSEN_S, SloRouter
+from engine.messages import GenerateRequest
+
+DEPLOYMENT = DeploymentID("group", "app")
+
+
+@dataclass
+class FakeGroup:
+    replica_id: ReplicaID
+    routing_stats: dict[str, Any] = field(
+        default_factory=lambda: {"num_open": 0, "token_s": 1e-3, "ttft_slo_s": 2.0, "beat_s": 0.0}
+    )
+    max_ongoing_requests: int = 100
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return 0
+
+
+class Cluster:
+    """A router over `num_groups` idle groups, on a clock that the test moves."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.now_s = 1000.0
+        self.num_chosen = 0
+        self.groups = [FakeGroup(ReplicaID(f"group{index}", DEPLOYMENT)) for index in range(num_groups)]
+        self.router = SloRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+        self.router.initialize_state(clock=lambda: self.now_s)
+
+    @property
+    def names(self) -> list[ReplicaID]:
+        return [group.replica_id for group in self.groups]
+
+    async def start(self) -> None:
+        self.router.update_replicas(self.groups)  # type: ignore[arg-type]
+        await asyncio.sleep(0)  # Serve asks new groups for their queues in a task of its own
+
+    async def choose(
+        self, prompt: Sequence[int] | None = None, session_id: str = "", salt: str = ""
+    ) -> ReplicaID:
+        """The group of a request; without a prompt, of a call that carries none."""
+        self.num_chosen += 1
+        name = f"request{self.num_chosen}"
+        metadata = RequestMetadata(request_id=name, internal_request_id=name)
+        args = []
+        if prompt is not None:
+            args = [GenerateRequest(name, tuple(prompt), cache_salt=salt, session_id=session_id)]
+        chosen = await self.router._choose_replica_for_request(PendingRequest(args, {}, metadata))
+        return chosen.replica_id
+
+    async def serve(self, prompt: Sequence[int], **identity: str) -> ReplicaID:
+        """The same, sent and ended."""
+        group = await self.choose(prompt, **identity)
+        self.router.on_send_request(group)
+        self.router.on_request_completed(group, f"request{self.num_chosen}")
+        self.router.on_new_queue_len_info(group, 0)
+        return group
+
+    def push(self, group: ReplicaID, **facts: float) -> None:
+        """A group tells its facts, and the others that they are there."""
+        self.now_s += 0.5
+        for one in self.groups:
+            news = facts if one.replica_id == group else {}
+            beat = one.routing_stats["beat_s"] + 1.0
+            one.routing_stats = one.routing_stats | news | {"beat_s": beat}
+        self.router.update_replicas(self.groups)  # type: ignore[arg-type]
+
+
+def in_two_groups(scenario: Callable[[Cluster], Coroutine[Any, Any, None]], num_groups: int = 2) -> None:
+    """Run a scenario in a cluster of two idle groups, or of more."""
+
+    async def started() -> None:
+        cluster = Cluster(num_groups)
+        await cluster.start()
+        await scenario(cluster)
+
+    asyncio.run(started())
+
+
+@pytest.mark.parametrize("num_requests", [2, 6, 16])
+def test_requests_that_come_together_are_spread(num_requests: int) -> None:
+    """Serve counts a request when it is sent: all of a burst are chosen for before any of it is."""
+
+    async def scenario(cluster: Cluster) -> None:
+        chosen = Counter(await asyncio.gather(*(cluster.choose() for _ in range(num_requests))))
+        assert set(chosen.values()) == {num_requests // 2}
+
+    in_two_groups(scenario)
+
+
+def test_an_answer_to_an_older_request_does_not_hide_the_newer() -> None:
+    """Serve overwrites its count with what the group saw when the older request came in."""
+
+    async def scenario(cluster: Cluster) -> None:
+        one, other = cluster.names
+        for group in (one, one, one, other, other):
+            cluster.router.on_send_request(group)
+        cluster.router.on_new_queue_len_info(one, 1)
+        assert await cluster.choose() == other
+
+    in_two_groups(scenario)
+
+
+def test_finished_requests_leave_the_count() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one, other = cluster.names
+        for group in (one, one, one, other):
+            cluster.router.on_send_request(group)
+        for number in range(3):
+            cluster.router.on_request_completed(one, str(number))
+            cluster.router.decrement_queue_len_cache(one)
+        assert await cluster.choose() == one
+
+    in_two_groups(scenario)
+
+
+def test_a_choice_that_was_never_sent_is_forgotten() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one = await cluster.choose()  # its client left before Serve could send it
+        other = await cluster.choose()
+        assert one != other
+        cluster.router.on_send_request(other)
+        cluster.now_s += 2 * CHOSEN_S
+        assert await cluster.choose() == one
+
+    in_two_groups(scenario)
+
+
+def test_a_group_that_went_away_leaves_nothing() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        gone = cluster.groups.pop(0).replica_id
+        cluster.router.on_send_request(gone)
+        await cluster.start()
+        cluster.router.on_request_completed(gone, "late")
+        (left,) = cluster.names
+        assert await cluster.choose() == left
+        await cluster.start()
+        assert set(cluster.router._in_flight._num_sent) == {left}
+
+    in_two_groups(scenario)
+
+
+def test_each_request_of_a_burst_gets_the_group_that_was_chosen_for_it() -> None:
+    """Conversations that were served before come back at once: each is at home, whatever is in flight."""
+
+    async def scenario(cluster: Cluster) -> None:
+        talks = [range(1000 * at, 1000 * at + 640) for at in range(1, 9)]
+        homes = [await cluster.serve(talk) for talk in talks]
+        assert len(set(homes)) > 1
+        again = await asyncio.gather(*(cluster.choose([*talk, *range(99)]) for talk in talks))
+        assert again == homes
+
+    in_two_groups(scenario, 4)
+
+
+def test_a_conversation_returns_until_its_groups_queue_costs_more_than_its_prompt() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        talk = list(range(5000, 6024))
+        home = await cluster.serve(talk)
+        other = next(name for name in cluster.names if name != home)
+        for turn in range(5):
+            talk += range(7000 + 100 * turn, 7100 + 100 * turn)
+            assert await cluster.serve(talk) == home
+        cluster.push(home, wait_s=0.9)  # 1,024 tokens and more are cached, at 1 ms each
+        assert await cluster.serve(talk) == home
+        cluster.push(home, wait_s=1.9)
+        assert await cluster.serve(talk) == other
+        cluster.push(home, wait_s=0.0)
+        cluster.push(other, wait_s=1.9)
+        assert await cluster.serve(talk) == home, "its cache is still there"
+
+    in_two_groups(scenario)
+
+
+def test_prompts_of_another_salt_share_nothing() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        talk = list(range(5000, 6024))
+        home = await cluster.serve(talk, salt="a")
+        cluster.push(home, wait_s=0.5)
+        assert await cluster.serve(talk, salt="a") == home
+        assert await cluster.serve(talk, salt="b") != home
+
+    in_two_groups(scenario)
+
+
+def test_a_session_has_the_same_home_for_every_router() -> None:
+    """Two ingress replicas, which know nothing of one another."""
+
+    async def scenario(cluster: Cluster) -> None:
+        another = Cluster(8)
+        await another.start()
+        homes = set()
+        for number in range(20):
+            prompt = list(range(1000 * number, 1000 * number + 500))
+            first = await cluster.serve(prompt, session_id=f"s{number}")
+            later = await another.serve([*prompt, *range(300)], session_id=f"s{number}")
+            assert first == later
+            homes.add(first)
+        assert len(homes) >= 5, "sessions are spread"
+
+    in_two_groups(scenario, 8)
+
+
+def test_the_controllers_weight_sends_fewer_requests() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one, other = cluster.names
+        cluster.push(one, weight=0.25)
+        chosen = Counter([await cluster.choose() for _ in range(50)])
+        assert 0 < chosen[one] < chosen[other] / 2
+
+    in_two_groups(scenario)
