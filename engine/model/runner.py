@@ -15,7 +15,7 @@ import torch
 from engine.messages import BlockCopy, StepPlan
 from engine.model.decoder import Batch, Decoder, LayerHook
 from engine.model.graphs import GraphShape, GraphShapes, Record
-from engine.model.inputs import StepInputs, StepLayout
+from engine.model.inputs import Counts, StepInputs, StepLayout
 from engine.model.rank_group import RankGroup
 from kernels.backend import for_device
 
@@ -39,9 +39,11 @@ class KvLayers(Protocol):
     def copy_rows(self, source: int, target: int) -> None: ...
 
 
+Words = tuple[tuple[int, ...], int, bool, tuple[tuple[int, int], ...], tuple[int, ...] | None]
+
+
 class Launch(NamedTuple):
-    """A step whose index tensors are written: what every rank needs to start it. Sent with each step: a tuple
-    pickles in a tenth of the 40 us that a dataclass takes.
+    """A step whose index tensors are written: what every rank needs to start it.
 
     Attributes:
         shape: the CUDA graph to replay; None launches kernel by kernel.
@@ -50,6 +52,20 @@ class Launch(NamedTuple):
     layout: StepLayout
     copies: tuple[BlockCopy, ...] = ()
     shape: GraphShape | None = None
+
+    def words(self) -> Words:
+        """The same in numbers alone, which pickle in a tenth of the 40 us that these classes take."""
+        (counts, longest, has_pending), copies, shape = self
+        rows = tuple((copy.source_row, copy.target_row) for copy in copies)
+        return tuple(counts), longest, has_pending, rows, None if shape is None else tuple(shape)
+
+    @classmethod
+    def of_words(cls, words: Words) -> Launch:
+        """From what `words` gave."""
+        counts, longest, has_pending, rows, shape = words
+        layout = StepLayout(Counts(*counts), longest, has_pending)
+        copies = tuple(BlockCopy(*pair) for pair in rows)
+        return cls(layout, copies, None if shape is None else GraphShape(*shape))
 
 
 class ModelRunner:

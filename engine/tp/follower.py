@@ -21,7 +21,7 @@ from engine.memory.kv_geometry import KvViews
 from engine.model.graphs import GraphShape, cuda_graph_recorder
 from engine.model.loader import read_model
 from engine.model.rank_group import RankGroup
-from engine.model.runner import Launch, ModelRunner
+from engine.model.runner import Launch, ModelRunner, Words
 from engine.tp.executor import MemoryExecutor
 from engine.tp.followers import Kind
 from engine.tp.order_loop import OrderLoop
@@ -133,8 +133,8 @@ class Follower:
         ours = self._memory.addresses.translate(packed)
         return [self._vm.view(address, size) for address, (_, size) in zip(ours, ranges, strict=True)]
 
-    def _run(self, step: Launch, written: bytes, is_hooked: bool) -> None:
-        runner = self._runner
+    def _run(self, words: Words, written: bytes, is_hooked: bool) -> None:
+        runner, step = self._runner, Launch.of_words(words)
         assert runner is not None
         runner.inputs.load(step.layout, written)
         runner.launch(step, _Hook(self._loop) if is_hooked else None)

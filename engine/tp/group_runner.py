@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from pickle import PickleBuffer
 
 import torch
 
@@ -40,8 +41,8 @@ class GroupRunner:
         step = self._own.prepare(plan, offload is not None)
         self._num_runs += 1
         self._in_flight.append((plan.step, self._num_runs))
-        written = bytes(self._own.inputs.written(step.layout))
-        self._followers.send("run", step, written, offload is not None)
+        written = PickleBuffer(self._own.inputs.written(step.layout))
+        self._followers.send("run", step.words(), written, offload is not None)
         hook = None if offload is None else _Relay(offload, self._followers)
         try:
             return self._own.launch(step, hook)

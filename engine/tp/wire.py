@@ -1,4 +1,4 @@
-"""The wire between the first rank and the others: Unix sockets, one message a datagram of pickled tuples.
+"""The wire between the first rank and the others: Unix sockets, pickled tuples behind their length.
 
 Ranks stand on one node, and the directory of the sockets belongs to the group, so nothing is authenticated
 beyond its permissions. A socket rather than shared memory: it tells at once when a process at its other end
@@ -7,13 +7,12 @@ is gone, and wakes who waits for it.
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import select
 import socket
+import struct
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 from engine.errors import EngineDeadError
@@ -22,6 +21,8 @@ from engine.tp.place import RankPlace
 JOIN_S = 300.0  # for processes that start: imports of torch on a busy machine take a minute
 _BUFFER_BYTES = 1 << 20  # the largest step of usual sizes in one write
 
+_LENGTH = struct.Struct("=Q")
+
 Message = tuple[Any, ...]
 
 
@@ -29,26 +30,36 @@ class Link:
     """One end of a connection. Used by one thread at a time.
 
     Args:
+        end: a connected stream socket, which is the link's from now on.
         name: of the other end, for errors.
     """
 
-    def __init__(self, connection: Connection, name: str) -> None:
-        self._connection = connection
-        self._name = name
-        # `Connection.poll` makes a selector for each call, which takes 20 us.
+    def __init__(self, end: socket.socket, name: str) -> None:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        end.setblocking(True)
+        self._end = end
+        self.name = name
         self._mail = select.poll()
-        self._mail.register(connection.fileno(), select.POLLIN)
+        self._mail.register(end, select.POLLIN)
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._begin = self._filled = 0  # of what has come and was not taken yet
 
     def send(self, packed: bytes) -> None:
         """Raises EngineDeadError if the other end is gone."""
+        parts = [_LENGTH.pack(len(packed)), packed]
         try:
-            self._connection.send_bytes(packed)
+            sent = self._end.sendmsg(parts)  # one call, mostly
+            if sent < _LENGTH.size + len(packed):
+                self._end.sendall(memoryview(b"".join(parts))[sent:])
         except OSError as error:
             raise self._lost(error) from None
 
     def has_mail(self, timeout_s: float | None = 0.0) -> bool:
         """Whether a message, or the end of the connection, is there within that time; None waits for it."""
-        if self._connection.closed:
+        if self._begin < self._filled:
+            return True
+        if self._end.fileno() < 0:
             raise self._lost(OSError("closed on this side"))
         return bool(self._mail.poll(None if timeout_s is None else timeout_s * 1e3))
 
@@ -65,20 +76,36 @@ class Link:
             EngineDeadError: the other end is gone, or nothing came in time.
         """
         if timeout_s is not None and not self.has_mail(timeout_s):
-            raise EngineDeadError(f"{self._name} has not answered for {timeout_s:.0f} s")
-        try:
-            message: Message = pickle.loads(self._connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise self._lost(error) from None
+            raise EngineDeadError(f"{self.name} has not answered for {timeout_s:.0f} s")
+        (length,) = _LENGTH.unpack(self._take(_LENGTH.size))
+        message: Message = pickle.loads(self._take(length))
         return message
 
     def close(self) -> None:
         """The other end hears of it."""
-        with contextlib.suppress(OSError):
-            self._connection.close()
+        self._end.close()
+
+    def _take(self, count: int) -> memoryview:
+        """The next bytes; they hold until the next call."""
+        if self._begin == self._filled:
+            self._begin = self._filled = 0
+        if self._begin + count > len(self._buffer):
+            left = self._buffer[self._begin : self._filled]
+            self._buffer = left + bytearray(max(0, max(count, _BUFFER_BYTES) - len(left)))
+            self._begin, self._filled = 0, len(left)
+        while self._filled - self._begin < count:
+            try:
+                got = self._end.recv_into(memoryview(self._buffer)[self._filled :])
+            except OSError as error:
+                raise self._lost(error) from None
+            if not got:
+                raise self._lost(EOFError("its end of the connection is closed"))
+            self._filled += got
+        begin, self._begin = self._begin, self._begin + count
+        return memoryview(self._buffer)[begin : self._begin]
 
     def _lost(self, error: Exception) -> EngineDeadError:
-        return EngineDeadError(f"{self._name} is gone: {error or type(error).__name__}")
+        return EngineDeadError(f"{self.name} is gone: {error or type(error).__name__}")
 
 
 def pack(message: Message) -> bytes:
@@ -101,12 +128,12 @@ def accept(place: RankPlace, kinds: Sequence[str], timeout_s: float = JOIN_S) ->
         while len(found) < len(wanted):
             door.settimeout(max(0.01, until - time.monotonic()))
             try:
-                link = Link(_connection(door.accept()[0]), "a rank that joins")
+                link = Link(door.accept()[0], "a rank that joins")
             except TimeoutError:
                 missing = sorted({rank for _, rank in set(wanted) - set(found)})
                 raise EngineDeadError(f"ranks {missing} did not start within {timeout_s:.0f} s") from None
             kind, rank = link.receive(timeout_s=JOIN_S)
-            link._name = f"rank {rank}"
+            link.name = f"rank {rank}"
             found[kind, rank] = link
     return {kind: [found[kind, rank] for rank in range(1, place.size)] for kind in kinds}
 
@@ -128,13 +155,6 @@ def connect(place: RankPlace, kind: str, timeout_s: float = JOIN_S) -> Link:
             if time.monotonic() > until:
                 raise EngineDeadError(f"the first rank does not listen: {error}") from None
             time.sleep(0.02)
-    link = Link(_connection(end), "the first rank")
+    link = Link(end, "the first rank")
     link.send(pack((kind, place.rank)))
     return link
-
-
-def _connection(end: socket.socket) -> Connection:
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-    end.setblocking(True)
-    return Connection(end.detach())

@@ -7,7 +7,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -58,8 +57,7 @@ class ThreadGroup:
 
 def pair() -> tuple[Link, Link]:
     """Both ends of a link."""
-    ends = socket.socketpair(socket.AF_UNIX)
-    first, second = (Connection(end.detach()) for end in ends)
+    first, second = socket.socketpair(socket.AF_UNIX)
     return Link(first, "the other rank"), Link(second, "the first rank")
 
 
