@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
 from cluster.ranking import Ask, GroupLoad, rank_groups
@@ -97,7 +97,7 @@ class SentTokens:
         self._sent = {group: self._sent[group] for group in groups if group in self._sent}
 
 
-class SloRouter(RequestRouter):
+class SloRouter(FIFOMixin, RequestRouter):
     """Ray Serve's plug for `rank_groups`. Each request gets the group that was chosen for it."""
 
     def initialize_state(
@@ -150,6 +150,19 @@ class SloRouter(RequestRouter):
             self._record.sent(best, chain)
             self._sent_tokens.send(best, ask.prompt_tokens - ask.cached_tokens[ranked[0]], now)
         return [[candidate_replicas[index]] for index in ranked]
+
+    def _get_pending_request_matching_metadata(
+        self, request_metadata: object = None
+    ) -> PendingRequest | None:
+        """Asked by the mixin whose choice this is; else it would give it to the oldest request.
+
+        Serve's own answer goes by an id that all calls of one HTTP request share: of two choices (`n`) one
+        would wait for ever. The metadata are the very object of the request that was chosen for.
+        """
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata is request_metadata and not pending.future.done():
+                return pending
+        return None
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Called by Serve for each request that it sends."""

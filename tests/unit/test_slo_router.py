@@ -54,11 +54,11 @@ class Cluster:
         await asyncio.sleep(0)  # Serve asks new groups for their queues in a task of its own
 
     async def choose(
-        self, prompt: Sequence[int] | None = None, session_id: str = "", salt: str = ""
+        self, prompt: Sequence[int] | None = None, session_id: str = "", salt: str = "", name: str = ""
     ) -> ReplicaID:
         """The group of a request; without a prompt, of a call that carries none."""
         self.num_chosen += 1
-        name = f"request{self.num_chosen}"
+        name = name or f"request{self.num_chosen}"
         metadata = RequestMetadata(request_id=name, internal_request_id=name)
         args = []
         if prompt is not None:
@@ -169,6 +169,19 @@ def test_each_request_of_a_burst_gets_the_group_that_was_chosen_for_it() -> None
         assert again == homes
 
     in_two_groups(scenario, 4)
+
+
+def test_the_choices_of_one_http_request_all_find_a_group() -> None:
+    """To Ray Serve all calls that one of them makes are one request: they have the same internal id."""
+
+    async def scenario(cluster: Cluster) -> None:
+        prompts = [tuple(range(start, start + 300)) for start in range(0, 4000, 1000)]
+        homes = [await cluster.serve(prompt) for prompt in prompts]
+        assert len(set(homes)) > 1
+        together = [cluster.choose(prompt, name="one-http-request") for prompt in prompts]
+        assert await asyncio.wait_for(asyncio.gather(*together), 10) == homes
+
+    in_two_groups(scenario)
 
 
 def test_a_conversation_returns_until_its_groups_queue_costs_more_than_its_prompt() -> None:
