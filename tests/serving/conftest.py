@@ -82,7 +82,7 @@ def ray_cluster() -> Iterator[None]:
     launch.wait_for_slow_proxies()
     ray.init(
         "local",
-        num_cpus=4,
+        num_cpus=8,  # a share for each application of the session; nothing is bound to a core
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
