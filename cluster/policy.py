@@ -243,12 +243,12 @@ def _weigh(members: Mapping[str, Outlook], config: PolicyConfig, now: float) -> 
         since = min(since, now) if group_id in late else math.inf
         one = replace(one, pace_late_since=since)
         if now - since >= config.patience_s and len(late) < len(members):
-            one = one.with_weight(
-                max(config.least_weight, weight.value / 2), now, config.dwell_s, "pace_late"
+            one = one.with_lever(
+                "weight", max(config.least_weight, weight.value / 2), now, config.dwell_s, "pace_late"
             )
         elif since == math.inf and weight.value < 1:
             recovery_s = config.recovery * config.dwell_s
-            one = one.with_weight(min(1.0, weight.value * 2), now, recovery_s, "pace_kept")
+            one = one.with_lever("weight", min(1.0, weight.value * 2), now, recovery_s, "pace_kept")
         weighed[group_id] = one
     return weighed
 
@@ -259,7 +259,9 @@ def _retain(one: Outlook, config: PolicyConfig, now: float) -> Outlook:
     """
     is_calm = one.facts.num_waiting == 0 and one.facts.num_parked > 0 and one.first.share >= config.target
     wanted = 0.25 if is_calm and one.pace.share < config.target else 1.0
-    return one.with_retention(wanted, now, config.dwell_s, "pace_late" if wanted < 1 else "prompts_wait")
+    return one.with_lever(
+        "retention", wanted, now, config.dwell_s, "pace_late" if wanted < 1 else "prompts_wait"
+    )
 
 
 def _orders(groups: Mapping[str, Outlook], state: State) -> tuple[dict[str, Order], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from cluster.reports import GroupReport
 from engine.control import Order
@@ -171,21 +172,15 @@ class Outlook:
         told = f"balloon: {verb} to {size / 2**30:.2f} GiB ({why}; it needs {self.need / 2**30:.2f})"
         return self._moved("balloon", replace(self.levers, size=self.levers.size.to(size, now)), told, why)
 
-    def with_weight(self, weight: float, now: float, dwell_s: float, why: str) -> Outlook:
-        """Its admission weight moved, if it may."""
-        lever = self.levers.weight
-        if not _may(lever, weight, now, dwell_s):
+    def with_lever(
+        self, name: Literal["weight", "retention"], value: float, now: float, dwell_s: float, why: str
+    ) -> Outlook:
+        """Its admission weight or its layer retention moved, if it may."""
+        lever: Lever = getattr(self.levers, name)
+        if not _may(lever, value, now, dwell_s):
             return self
-        told = f"weight {weight:g} ({why})"
-        return self._moved("weight", replace(self.levers, weight=lever.to(weight, now)), told, why)
-
-    def with_retention(self, retention: float, now: float, dwell_s: float, why: str) -> Outlook:
-        """Its layer retention moved, if it may."""
-        lever = self.levers.retention
-        if not _may(lever, retention, now, dwell_s):
-            return self
-        told = f"retention {retention:g} ({why})"
-        return self._moved("retention", replace(self.levers, retention=lever.to(retention, now)), told, why)
+        told = f"{name} {value:g} ({why})"
+        return self._moved(name, replace(self.levers, **{name: lever.to(value, now)}), told, why)
 
     def _moved(self, name: str, levers: Levers, told: str, why: str) -> Outlook:
         return replace(self, levers=levers, reason=told, why={**self.why, name: why})

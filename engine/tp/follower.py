@@ -25,7 +25,7 @@ from engine.model.runner import Launch, ModelRunner, Words
 from engine.tp.executor import MemoryExecutor
 from engine.tp.followers import Kind
 from engine.tp.order_loop import OrderLoop
-from engine.tp.orders import LAYER_DONE, Ranges, Ready
+from engine.tp.orders import LAYER_DONE, Ranges
 from engine.tp.place import RankPlace
 from engine.tp.share import GRAPH_BYTES, load_share
 from engine.tp.slab_service import SlabService
@@ -100,7 +100,7 @@ class Follower:
         }
         spin_s = _SPIN_S if facts.device.type == "cuda" else 0.0  # a CPU rank needs its cores to compute
         self._loop = OrderLoop(plan, orders, lambda: self._memory.is_idle, self._memory.report, spin_s)
-        self._report(Kind.ANSWER, Ready(num_chunks, self._share.model.weight_bytes))
+        self._report(Kind.ANSWER, num_chunks)  # that this device has room for
 
     @torch.inference_mode()
     def serve(self) -> None:

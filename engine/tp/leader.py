@@ -36,8 +36,7 @@ class Leader:
 
     def wait_until_ready(self) -> int:
         """The chunks of the rank with the least room, once all have loaded."""
-        ready = self._followers.answers(timeout_s=_LOAD_S)
-        return min(int(one.num_chunks) for one in ready)
+        return min(map(int, self._followers.answers(timeout_s=_LOAD_S)))
 
     def memory(self, own: VirtualMemory) -> VirtualMemory:
         """The driver of all ranks."""

@@ -8,18 +8,6 @@ LAYER_DONE = "layer done"  # between two layers of a step, each rank does what t
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """What the first rank has to know of another that has loaded its share.
-
-    Attributes:
-        num_chunks: that its device has room for.
-    """
-
-    num_chunks: int
-    weight_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Ranges:
     """Where the first rank's pool is, in its addresses.
 
