@@ -22,6 +22,7 @@ from cluster.controller import ControllerReplica
 from cluster.group import TpGroup
 from cluster.ingress import IngressConfig, create_app
 from cluster.metrics import IngressMetrics, RayBackend
+from cluster.request_courier import RequestCourier
 from cluster.served_model import GroupsOfModel
 from cluster.token_inbox import TokenInbox
 from cluster.tokenizer import Tokenizer
@@ -165,7 +166,7 @@ def _asgi_builder(served: tuple[_Served, ...], args: ServingArgs) -> Callable[[]
     )
 
     def build_asgi_app() -> FastAPI:
-        inbox = TokenInbox(ray.util.get_node_ip_address())
+        inbox, courier = TokenInbox(ray.util.get_node_ip_address()), RequestCourier()
         models = {
             model.model_id: GroupsOfModel(
                 model.model_id,
@@ -173,6 +174,7 @@ def _asgi_builder(served: tuple[_Served, ...], args: ServingArgs) -> Callable[[]
                 Tokenizer.load(model.tokenizer_source),
                 serve.get_deployment_handle(model.deployment),
                 inbox,
+                courier,
             )
             for model in served
         }

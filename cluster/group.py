@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
@@ -27,7 +27,7 @@ from cluster.scaling import WANTED
 from engine.config import EngineConfig
 from engine.control import OrderAnswer
 from engine.errors import BallonetError, EngineDeadError
-from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo
+from engine.messages import Door, EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo
 
 _SHUTDOWN_S = 10.0
 _WATCH_S = 0.5  # between two looks at the ranks; a call that fails tells at once
@@ -87,6 +87,7 @@ class TpGroup:
         self._together = asyncio.create_task(self._end_together())
         try:
             self._info: EngineInfo = await self._engine.info.remote()
+            self._door: Door = await self._engine.door.remote()
         except RayTaskError as error:
             self._ranks.kill()
             raise error.cause from None
@@ -190,13 +191,13 @@ class TpGroup:
         """What `cluster.scaling` reads: the groups that this model should have; 0 if nobody has said."""
         return {WANTED: float(self._wanted_replicas)}
 
-    async def record_routing_stats(self) -> dict[str, float]:
+    async def record_routing_stats(self) -> dict[str, Any]:
         """What `cluster.router` reads. Serve asks once per period, which also paces the metrics."""
         snapshot = await self.snapshot()
         if snapshot is None:
             return {}
         self._metrics.export(snapshot)
-        return routing_stats(snapshot, self._config.slo.ttft_ms / 1e3)
+        return routing_stats(snapshot, self._config.slo.ttft_ms / 1e3, self._door)
 
     async def check_health(self) -> None:
         """Tells what the watch has found. Serve replaces the replica if it raises, or is gone."""
@@ -210,6 +211,7 @@ class TpGroup:
         if self._watch is not None:
             self._watch.cancel()
         with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
+            await self._engine.drain.remote()  # Serve kills a replica that takes longer than it may
             await asyncio.wait_for(self._engine.shutdown.remote(), _SHUTDOWN_S)
         self._ranks.kill()
 

@@ -15,10 +15,11 @@ a laptop (2 ms a token) one of 200 tokens outweighs 0.4 s. On top of that come:
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from engine.messages import EngineSnapshot
+from engine.messages import Door, EngineSnapshot
 
 STALE_S = 3.0  # six periods of the push: older facts say nothing about now
 CROWD_S = 0.02
@@ -116,8 +117,8 @@ def rank_groups(loads: Sequence[GroupLoad], ask: Ask, rng: random.Random) -> lis
     return fresh + stale
 
 
-def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float) -> dict[str, float]:
-    """What a group pushes; `load_of` reads it."""
+def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float, door: Door) -> dict[str, Any]:
+    """What a group pushes; the router reads it."""
     memory, order = snapshot.memory, snapshot.order
     # Of live sequences alone: cached prefixes are given up when a request needs their memory.
     pool = memory.kv / max(memory.total, 1)
@@ -132,8 +133,17 @@ def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float) -> dict[str, floa
         "pressure": min(pool, balloon),
         "weight": order.admission_weight if order is not None else 1.0,
         "capacity_tokens": _capacity_tokens(snapshot),
+        "door": (door.address, door.secret.hex()),
         "beat_s": snapshot.monotonic_s,  # an idle group's other facts do not change
     }
+
+
+def door_of(stats: Mapping[str, Any]) -> Door | None:
+    """Where the group's engine takes requests; None while it has told nothing."""
+    if (told := stats.get("door")) is None:
+        return None
+    address, secret = told
+    return Door(address, bytes.fromhex(secret))
 
 
 def _capacity_tokens(snapshot: EngineSnapshot) -> float:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
-from cluster.ranking import Ask, GroupLoad, rank_groups
+from cluster.ranking import Ask, GroupLoad, door_of, rank_groups
+from cluster.request_courier import Handover
 from engine.messages import GenerateRequest
 
 _LAG_S = 0.2  # facts are so old when they come, at least: what was sent before may not be in them
@@ -136,6 +137,7 @@ class SloRouter(FIFOMixin, RequestRouter):
         if pending_request is not None:
             # Else Serve asks again without a pause while every group is full.
             pending_request.routing_context.should_backoff = True
+            _recall_refused(pending_request)
         now = self._clock()
         counts = self._in_flight.counts(now)
         loads = [self._load(replica, counts[replica.replica_id], now) for replica in candidate_replicas]
@@ -163,6 +165,14 @@ class SloRouter(FIFOMixin, RequestRouter):
             if pending.metadata is request_metadata and not pending.future.done():
                 return pending
         return None
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: object = None) -> None:
+        """Here a request's group is known, and its engine may begin, before Serve's call is sent."""
+        pending = self._get_pending_request_matching_metadata(request_metadata)
+        handover = _handover_of(pending) if pending is not None else None
+        if handover is not None and (door := door_of(replica.routing_stats)) is not None:
+            handover.send_to(door)
+        super()._fulfill_next_pending_request(replica, request_metadata)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Called by Serve for each request that it sends."""
@@ -209,6 +219,17 @@ class SloRouter(FIFOMixin, RequestRouter):
             unseen_tokens=self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
             age_s=float("inf") if changed_s is None else now_s - changed_s,
         )
+
+
+def _recall_refused(pending: PendingRequest) -> None:
+    """Serve asks again for a request that its group has refused: with a new future."""
+    if (handover := _handover_of(pending)) is not None and not pending.future.done():
+        handover.recall()
+
+
+def _handover_of(pending: PendingRequest) -> Handover | None:
+    second = pending.args[1] if len(pending.args) > 1 else None
+    return second if isinstance(second, Handover) else None
 
 
 def _request_of(pending: PendingRequest | None) -> GenerateRequest | None:

@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.group import TRIM_S, Refusal
+from cluster.request_courier import Handover, RequestCourier
 from cluster.token_inbox import TokenInbox, TokenStream
 from cluster.tokenizer import Tokenizer
 from engine.errors import BallonetError, EngineDeadError, OverloadedError
@@ -38,7 +39,7 @@ class GroupsOfModel:
         created: Unix time of the deployment.
         tokenizer: loaded, so that no request waits for it and its faults show at start.
         handle: of the model's TpGroup deployment.
-        inbox: of this process.
+        inbox, courier: of this process.
         last_delta_s: how long after the end of a call its last delta may come.
         no_group_s: how long a request waits where no group is up.
     """
@@ -50,6 +51,7 @@ class GroupsOfModel:
         tokenizer: Tokenizer,
         handle: DeploymentHandle[Any],
         inbox: TokenInbox,
+        courier: RequestCourier,
         last_delta_s: float = LAST_DELTA_S,
         no_group_s: float = NO_GROUP_S,
     ) -> None:
@@ -59,6 +61,7 @@ class GroupsOfModel:
         self._handle = handle
         self._generate = handle.options(method_name="generate")
         self._inbox = inbox
+        self._courier = courier
         self._last_delta_s = last_delta_s
         self._no_group_s = no_group_s
         self._info: EngineInfo | None = None
@@ -98,14 +101,13 @@ class GroupsOfModel:
         loop = asyncio.get_running_loop()
         num_begun, give_up_s = 0, loop.time() + _REROUTE_S
         while True:
-            stream = self._inbox.open(request.request_id)
-            response = self._generate.remote(request, stream.reply_to)
-            call = _Call(self.model_id, response, stream, self._last_delta_s)
+            call = _Call(self.model_id, self._inbox.open(request.request_id), self._last_delta_s)
+            call.send(self._generate, Handover(self._courier, request, call.stream, call.keep), request)
             try:
                 return call, await self._first(call)
             except _GroupDiedError as death:
                 call.close()
-                num_begun += death.was_begun
+                num_begun += death.was_begun or call.was_begun
                 if num_begun > 1 or loop.time() > give_up_s:
                     raise
             except BaseException:
@@ -170,32 +172,51 @@ class _Call:
     The last delta ends the stream. The end of the call, which may come before it, matters if it is an error.
     """
 
-    def __init__(
-        self, model_id: str, response: DeploymentResponse[Any], stream: TokenStream, last_delta_s: float
-    ) -> None:
+    def __init__(self, model_id: str, stream: TokenStream, last_delta_s: float) -> None:
         self.stream = stream
         self.has_ended = False
         self._model_id = model_id
-        self._response = response
         self._last_delta_s = last_delta_s
+        self._is_kept = False
         self._timer: asyncio.TimerHandle | None = None
+
+    def send(self, generate: Any, handover: Handover, request: GenerateRequest) -> None:
+        """Make the call."""
+        self._handover = handover
+        self._response: DeploymentResponse[Any] = generate.remote(request, handover)
         self._task = asyncio.create_task(self._watch())
+
+    @property
+    def was_begun(self) -> bool:
+        """Whether an engine may have had the request before the call came there."""
+        return self._handover.was_begun
+
+    def keep(self) -> None:
+        """The request goes on without the call, which was refused too late."""
+        self._is_kept = True
+        self._end_call()
 
     def close(self) -> None:
         """Nobody reads any more: cancel what has not ended."""
         self.stream.close()
         if self._timer is not None:
             self._timer.cancel()
-        elif not self.has_ended and not self._task.done():
-            # Dropping the response is not enough: measured with Ray 2.60, the group generates on.
-            self._response.cancel()
-            self._task.cancel()
+        if not self.has_ended:
+            self._handover.close()
+            if self._timer is None and not self._task.done():
+                self._end_call()
+
+    def _end_call(self) -> None:
+        # Dropping the response is not enough: measured with Ray 2.60, the group generates on.
+        self._response.cancel()
+        self._task.cancel()
 
     async def _watch(self) -> None:
         try:
             refusal: Refusal | None = await self._response
         except Exception as error:
-            self.stream.fail(self._explain(error))
+            if not self._is_kept:
+                self.stream.fail(self._explain(error))
             return
         if refusal is None:
             lost = EngineDeadError("the engine ended this request, but its last tokens have not come")

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.control import HostSnapshot, Order, OrderAnswer
-from engine.errors import EngineDeadError, RequestError
-from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
+from engine.errors import EngineDeadError
+from engine.messages import Door, EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
+from engine.open_requests import OpenRequests
+from engine.request_door import RequestDoor
 from engine.token_sender import TokenSender
 from engine.tp.place import RankPlace
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HOST_S = 1.0  # between two looks at the host's memory, which takes a fraction of a millisecond
+_DRAIN_S = 0.1  # between two looks
 _STOP_S = 10.0  # a step takes well under a second; a thread that needs longer is stuck
 
 
@@ -51,6 +54,8 @@ class EngineActor:
         self._place = place
         self._clock = clock
         self._sender = TokenSender(self._cancel)
+        self._requests = OpenRequests(self._sender, self._submit, self._cancel)
+        self._door: RequestDoor | None = None
         self._stop = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
@@ -78,20 +83,21 @@ class EngineActor:
             RequestError, OverloadedError: it was not taken.
             EngineDeadError: nobody can finish it here.
         """
-        engine = await self._ready()
+        await self._ready()
         self._loop = asyncio.get_running_loop()
-        if self._sender.is_open(request.request_id):
-            raise RequestError(f"a request with the id {request.request_id!r} is still open")
-        ended = self._sender.open(request.request_id, reply_to)
-        has_ended = False
-        try:
-            engine.submit(request)
-            await ended
-            has_ended = True
-        finally:
-            self._sender.close(request.request_id)
-            if not has_ended:
-                engine.cancel(request.request_id)
+        await self._requests.run(request, reply_to)
+
+    async def door(self) -> Door:
+        """Where the engine takes requests past Ray, once it is loaded.
+
+        Raises:
+            ConfigError, ModelLoadError: why it could not be.
+        """
+        await self._ready()
+        if self._door is None:
+            self._loop = asyncio.get_running_loop()
+            self._door = RequestDoor(_node_address(), self._requests)
+        return self._door.door
 
     async def cancel(self, request_id: str) -> None:
         """End a request at the top of the next step; an id that is unknown or has ended is ignored."""
@@ -148,12 +154,20 @@ class EngineActor:
             if not self._thread.is_alive():
                 raise EngineDeadError("the engine's thread has ended")
 
+    async def drain(self) -> None:
+        """Returns when no request is under way that no call waits for: Serve does not know of those."""
+        while self._engine is not None and self._requests.num_unclaimed:
+            self._check_alive()
+            await asyncio.sleep(_DRAIN_S)
+
     async def shutdown(self) -> None:
         """Stop the loop after the step in flight. Open requests end with an error."""
         self._stop.set()
         if self._engine is not None:
             self._engine.cancel("")  # wakes the loop
         await asyncio.to_thread(self._thread.join, _STOP_S)
+        if self._door is not None:
+            self._door.close()
         self._sender.shut()
 
     async def _ready(self) -> Engine:
@@ -193,6 +207,11 @@ class EngineActor:
         gc.freeze()
         self._engine.run_until(self._stop)
 
+    def _submit(self, request: GenerateRequest) -> None:
+        if self._engine is None:
+            raise EngineDeadError("the engine was stopped before it was ready")
+        self._engine.submit(request)
+
     def _cancel(self, request_id: str) -> None:
         if self._engine is not None:
             self._engine.cancel(request_id)
@@ -211,6 +230,13 @@ class EngineActor:
                     self._sender.fail(delta.request_id, death)
             deltas = [delta for delta in deltas if delta.finish_reason != "error"]
         self._sender.put(deltas)
+
+
+def _node_address() -> str:
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address
 
 
 class RankActor:

@@ -249,6 +249,19 @@ class ReplyTo:
 
 
 @dataclass(frozen=True, slots=True)
+class Door:
+    """Where an engine takes requests past Ray (`engine.request_door`).
+
+    Attributes:
+        address: ZMQ endpoint that the engine's process listens on.
+        secret: what that process believes an ingress by; drawn anew by each process.
+    """
+
+    address: str
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class MemorySnapshot:
     """Who has the memory of one device, now.
 

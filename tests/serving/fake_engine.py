@@ -15,10 +15,13 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import ray
+
 from engine.config import EngineConfig
 from engine.control import Order, OrderAnswer
 from engine.errors import EngineDeadError, ModelLoadError, OverloadedError, RequestError
 from engine.messages import (
+    Door,
     EngineInfo,
     EngineSnapshot,
     GenerateRequest,
@@ -26,6 +29,8 @@ from engine.messages import (
     ReplyTo,
     TokenDelta,
 )
+from engine.open_requests import OpenRequests
+from engine.request_door import RequestDoor
 from engine.token_sender import TokenSender
 
 TOTAL, CHUNK_BYTES = 64, 1 << 20
@@ -42,6 +47,8 @@ class FakeEngine:
         self._created = TOTAL
         self._queries = self._hits = 0
         self._sender = TokenSender(self._running.discard)
+        self._requests = OpenRequests(self._sender, self._submit, self._running.discard)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_stuck = False
         self._order: Order | None = None
 
@@ -62,7 +69,14 @@ class FakeEngine:
             load_s=0.1,
         )
 
+    async def door(self) -> Door:
+        self._door = RequestDoor(ray.util.get_node_ip_address(), self._requests)
+        return self._door.door
+
     async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
+        await self._requests.run(request, reply_to)
+
+    def _submit(self, request: GenerateRequest) -> None:
         order = request.prompt_token_ids[0]
         if order == WRONG:
             raise RequestError("this prompt is wrong", "prompt", "bad_prompt")
@@ -70,18 +84,18 @@ class FakeEngine:
             raise OverloadedError("the queue is full (1)", 7.0)
         self._running.add(request.request_id)
         self._created = max(self._created, len(self._running) + len(self._cache))
+        task = asyncio.get_running_loop().create_task(self._generate(request, order))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _generate(self, request: GenerateRequest, order: int) -> None:
         reason = "cancelled"
-        ended = self._sender.open(request.request_id, reply_to)
-        try:
-            async for delta in self._tokens(request, order):
-                self._generated += len(delta.token_ids)
-                reason = delta.finish_reason or reason
-                self._sender.put([delta])
-            await ended
-        finally:
-            self._sender.close(request.request_id)
-            self._running.discard(request.request_id)
-            self._finished[reason] += 1
+        async for delta in self._tokens(request, order):
+            self._generated += len(delta.token_ids)
+            reason = delta.finish_reason or reason
+            self._sender.put([delta])
+        self._running.discard(request.request_id)
+        self._finished[reason] += 1
 
     async def _tokens(self, request: GenerateRequest, order: int) -> AsyncGenerator[TokenDelta, None]:
         last = request.sampling.max_tokens - 1
@@ -157,6 +171,10 @@ class FakeEngine:
     async def apply(self, order: Order) -> OrderAnswer:
         self._order = order
         return OrderAnswer("applied", order.epoch, order.revision)
+
+    async def drain(self) -> None:
+        while self._requests.num_unclaimed:
+            await asyncio.sleep(0.05)
 
     async def check_health(self) -> None:
         if self._is_stuck:
