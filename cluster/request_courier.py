@@ -31,12 +31,11 @@ class RequestCourier:
         self._ways: dict[Door, _Way] = {}
 
     def hand_over(self, request: GenerateRequest, reply_to: ReplyTo, door: Door) -> _Way | None:
-        """Have it begun there. None if that engine has not been reached yet: the next one finds it."""
+        """Have it begun there. None if it was not sent: that engine is not reached yet, or reads slowly."""
         way = self._ways.get(door)
         if way is None:
             self._ways[door] = _Way(door, self._forget)
-        elif way.is_up:
-            way.send(encode_open(door.secret, request, reply_to))
+        elif way.is_up and way.send(encode_open(door.secret, request, reply_to)):
             return way
         return None
 
@@ -63,6 +62,7 @@ class _Way:
         self.on_loss: dict[str, Callable[[], None]] = {}
         self._forget = forget
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        self._sending = zmq.Socket(self._socket)  # the same one: no task, and no future, a message
         self._socket.linger = 0
         self._socket.ipv6 = True
         self._socket.heartbeat_ivl = _HEARTBEAT_MS
@@ -71,10 +71,16 @@ class _Way:
         self._task = asyncio.get_running_loop().create_task(self._watch())
         self._socket.connect(door.address)
 
-    def send(self, frames: tuple[bytes, ...]) -> None:
-        self._socket.send_multipart(frames, zmq.NOBLOCK)
+    def send(self, frames: tuple[bytes, ...]) -> bool:
+        """False if an engine that reads too slowly has left no room for it."""
+        try:
+            self._sending.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def drop(self, request_id: str) -> None:
+        """No call will come for that one. Lost where there is no room: its tokens are for nobody, and end."""
         if self.is_up:
             self.send(encode_drop(self.door.secret, request_id))
 
@@ -126,7 +132,7 @@ class Handover:
         self._loop = asyncio.get_running_loop()
         self._way: _Way | None = None
         self._number = 0
-        self._is_closed = False
+        self._is_closed = self._is_kept = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         reply_to = self._stream.reply_to
@@ -167,7 +173,7 @@ class Handover:
         self.was_begun = self.was_begun or self._way is not None
 
     def _recall(self) -> None:
-        if self._is_closed or self._way is None:
+        if self._is_closed or self._is_kept or self._way is None:
             return
         if self._stream.renounce(self._number):
             self._way.drop(self._request.request_id)
@@ -177,4 +183,5 @@ class Handover:
         lost = EngineDeadError("the engine that served this request ended")
         self._way.on_loss[self._request.request_id] = lambda: self._stream.fail(lost)
         self._stream.keep_only(self._number)
+        self._is_kept = True
         self._keep()

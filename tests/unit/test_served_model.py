@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentID
 
 from cluster.group import Refusal
+from cluster.request_courier import Handover, RequestCourier
 from cluster.served_model import GroupsOfModel
 from cluster.token_inbox import TokenInbox
 from engine.errors import EngineDeadError, OverloadedError, RequestError
@@ -50,6 +52,7 @@ class Handle:
 
     def __init__(self, *groups: Group) -> None:
         self.calls: list[asyncio.Task[Refusal | None]] = []
+        self.handovers: list[Handover] = []
         self.sender = TokenSender(lambda _: None)
         self.is_up = True
         self._groups = groups
@@ -61,7 +64,10 @@ class Handle:
     def broadcast(self, method: str) -> Broadcast:
         return Broadcast(self.is_up)
 
-    def remote(self, request: GenerateRequest, reply_to: ReplyTo) -> Response:
+    def remote(self, request: GenerateRequest, handover: Handover) -> Response:
+        self.handovers.append(handover)
+        reply_to = pickle.loads(pickle.dumps(handover))
+        assert reply_to == handover._stream.reply_to
         group = self._groups[min(len(self.calls), len(self._groups) - 1)]
         self.calls.append(asyncio.ensure_future(group(self, request, reply_to)))
         return Response(self.calls[-1])
@@ -108,7 +114,9 @@ def _ask(handle: Handle, leave_after: int = 100) -> list[int]:
 
     async def ask() -> list[int]:
         inbox, tokens = TokenInbox("127.0.0.1"), []
-        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox, last_delta_s=0.1)
+        model = GroupsOfModel(
+            "m", 0, byte_tokenizer(), cast(Any, handle), inbox, RequestCourier(), last_delta_s=0.1
+        )
         deltas = model.generate(REQUEST)
         try:
             async with asyncio.timeout(20):
@@ -144,6 +152,19 @@ def test_a_group_that_was_dead_before_is_passed_by() -> None:
     assert _ask(Handle(dead, dead, dead, refuses(DEAD), dead, answers(3))) == [0, 1, 2]
 
 
+def test_what_an_engine_had_before_its_call_came_counts_as_begun() -> None:
+    """Such a request may have ended the engine, though its group knew of the death when the call came."""
+
+    async def had_it(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Refusal:
+        handle.handovers[-1].was_begun = True
+        return Refusal(DEAD, was_begun=False)
+
+    poisoned = Handle(had_it, had_it, answers(3))
+    with pytest.raises(EngineDeadError):
+        _ask(poisoned)
+    assert len(poisoned.calls) == 2
+
+
 def test_a_group_that_dies_after_a_token_ends_the_stream() -> None:
     handle = Handle(answers(2, Refusal(DEAD)), answers(3))
     with pytest.raises(EngineDeadError, match="process ended"):
@@ -173,7 +194,7 @@ def test_a_reader_that_leaves_cancels_the_call() -> None:
 def test_a_reader_that_gives_up_waiting_cancels_the_call() -> None:
     async def ask() -> None:
         handle, inbox = Handle(hangs), TokenInbox("127.0.0.1")
-        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox)
+        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox, RequestCourier())
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(model.generate(REQUEST)), 0.1)
         await asyncio.wait(handle.calls, timeout=20)
@@ -192,7 +213,9 @@ def test_a_request_waits_for_a_group_that_is_busy_and_not_for_one_that_never_com
     async def ask() -> list[int]:
         handle, inbox = Handle(late), TokenInbox("127.0.0.1")
         handle.is_up = is_up
-        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox, no_group_s=0.1)
+        model = GroupsOfModel(
+            "m", 0, byte_tokenizer(), cast(Any, handle), inbox, RequestCourier(), no_group_s=0.1
+        )
         try:
             return [token async for delta in model.generate(REQUEST) for token in delta.token_ids]
         finally:
