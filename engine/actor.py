@@ -186,7 +186,8 @@ class EngineActor:
 
         now = time.monotonic()
         if self._host is None or now - self._host_s >= _HOST_S:
-            node = ray.get_runtime_context().get_node_id()
+            # Outside Ray, as in a test, asking for the node would start a cluster.
+            node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             self._host, self._host_s = HostSnapshot(node, total_bytes(), available_bytes()), now
         return self._host
 
