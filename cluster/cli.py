@@ -62,6 +62,8 @@ def serve(
         _step("starting Ray" if address is None else f"connecting to Ray at {address}")
         # Ray puts a SIGTERM handler of its own in place, so ours comes after it.
         with launch.ray_running(address, verbose), _sigterm_interrupts():
+            if address is None:
+                launch.require_gpus(file)
             _step("deploying; the first start of a model takes longest")
             with launch.deployed(file, _step, removes=address is not None) as url:
                 _step(f"ready at {url}/v1")

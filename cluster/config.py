@@ -64,8 +64,10 @@ class ModelLoadingConfig(Section):
 class EngineKwargs(Section):
     """`engine.config.SchedulerConfig`, `ModelSource` and `EngineConfig` under vLLM's names.
 
-    `device: auto` is cuda where the Ray cluster has GPUs, else cpu. `enable_prefix_caching` is
-    `MemoryConfig`'s; it has no effect where `memory.mode` is static. `tensor_parallel_size` devices of one
+    `device: auto` is cuda where the Ray cluster has GPUs when the application is built, or where one of its
+    models asks for some (`device: cuda`, `accelerator_type`, GPUs in `bundle_per_worker`), else cpu: write
+    cuda where GPU nodes join later, as under KubeRay. `enable_prefix_caching` is `MemoryConfig`'s; it has no
+    effect where `memory.mode` is static. `tensor_parallel_size` devices of one
     node hold a copy of the model together; `memory` is then what each of them has.
     """
 
@@ -195,6 +197,14 @@ class LLMConfig(Section):
     def tokenizer_source(self) -> str:
         """Where the tokenizer is."""
         return self.model_loading_config.tokenizer_source or self.model_source
+
+    @property
+    def least_groups(self) -> int:
+        """Copies that Serve starts whatever the load; of a model that may go down to none, one."""
+        options = self.deployment_config
+        if options.autoscaling_config is not None:
+            return max(1, options.autoscaling_config.min_replicas or 1)
+        return options.num_replicas if isinstance(options.num_replicas, int) else 1
 
     @property
     def most_ranks(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -17,7 +18,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cluster import cli, cli_render
+from cluster import cli, cli_render, launch
 from cluster.client import Answer, Client, ClientError
 from tests.unit.samples import MEMORY, snapshot
 
@@ -143,6 +144,16 @@ def test_serve_wants_the_model_before_ray(tmp_path: Path) -> None:
     assert status == 1
     assert "make model" in output
     assert "starting Ray" not in output
+
+
+def test_serve_wants_the_gpus_before_it_deploys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "ray_running", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "require_port", lambda _: None)
+    monkeypatch.setattr(launch, "node_gpus", lambda: [0.0])
+    status, output = _run("serve", str(LAPTOP.with_name("one-node.yaml")))
+    assert status == 1
+    assert "error: GPUs asked for: llama-3.1-8b-instruct 1; there: none" in output
+    assert "deploying" not in output
 
 
 def test_serve_says_that_the_port_is_taken(tmp_path: Path) -> None:
