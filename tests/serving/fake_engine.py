@@ -2,8 +2,8 @@
 
 What the first token of a prompt asks for:  token 1 is answered at once, 2 slowly and without end, 3 is
 refused as a wrong request, 4 as overload, 5 kills the process after one token, 6 before any, 7 does so once:
-another process that sees it answers. 8 gets one token, and then the step loop stands still. A prompt that was
-seen with the same salt is cached but for its last token, in a chunk of its own.
+another process that sees it answers. 8 gets one token, and then the step loop stands still. 9 is answered after
+two seconds. A prompt that was seen with the same salt is cached but for its last token, in a chunk of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.messages import (
 from engine.token_sender import TokenSender
 
 TOTAL, CHUNK_BYTES = 64, 1 << 20
-QUICK, SLOW, WRONG, FULL, FATAL, POISON, UNLUCKY, STUCK = 1, 2, 3, 4, 5, 6, 7, 8
+QUICK, SLOW, WRONG, FULL, FATAL, POISON, UNLUCKY, STUCK, LATE = 1, 2, 3, 4, 5, 6, 7, 8, 9
 
 
 class FakeEngine:
@@ -92,6 +92,8 @@ class FakeEngine:
         self._hits += cached
         if order == POISON or (order == UNLUCKY and _is_first(request)):
             os._exit(1)
+        if order == LATE:
+            await asyncio.sleep(2)
         for step in range(last + 1):
             await asyncio.sleep(0.05 if order == SLOW else 0.005)
             reason = "length" if step == last else None

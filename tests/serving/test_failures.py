@@ -18,8 +18,8 @@ import pytest
 
 from cluster.client import Client
 from tests.serving.conftest import ROOT
-from tests.serving.fake_engine import FATAL, POISON, QUICK, SLOW, STUCK, UNLUCKY
-from tests.serving.processes import engines, eventually, kill, processes
+from tests.serving.fake_engine import FATAL, LATE, POISON, QUICK, SLOW, STUCK, UNLUCKY
+from tests.serving.processes import descendants, engines, eventually, kill, processes
 
 pytestmark = pytest.mark.ray
 
@@ -54,8 +54,10 @@ def pair_url(base_url: str) -> Iterator[str]:
     eventually(lambda: _groups(base_url) == len(engines(PAIR)) == 2)
 
 
-def _stream_on_each_group(url: str, pool: ThreadPoolExecutor, count: int, tokens: int) -> list[Future[Any]]:
-    futures = [pool.submit(_events, url, _body(SLOW, tokens, "pair")) for _ in range(count)]
+def _stream_on_each_group(
+    url: str, pool: ThreadPoolExecutor, count: int, tokens: int, order: int = SLOW
+) -> list[Future[Any]]:
+    futures = [pool.submit(_events, url, _body(order, tokens, "pair")) for _ in range(count)]
 
     def spread() -> bool:
         running = [group.num_running for group in Client(url).status()["pair"]]
@@ -78,6 +80,25 @@ def test_an_engine_that_is_killed_ends_its_own_streams_alone(pair_url: str, reco
             assert 0 < _num_tokens(events) < 100
         else:
             assert _num_tokens(events) == 100
+    record_property("rebuilt_s", eventually(lambda: _groups(pair_url) == len(engines(PAIR)) == 2))
+
+
+def test_a_replica_that_is_killed_takes_its_engine_along(pair_url: str, record_property: Record) -> None:
+    """Its engine would hold the GPU that the next group needs. Whoever had no token yet is served."""
+    before = set(engines(PAIR))
+    with ThreadPoolExecutor(12) as pool:
+        streams = _stream_on_each_group(pair_url, pool, 6, 100)
+        waiting = [pool.submit(_events, pair_url, _body(LATE, 5, "pair")) for _ in range(6)]
+        eventually(lambda: sum(group.num_running for group in Client(pair_url).status()["pair"]) == 12)
+        os.kill(min(processes(f"ray::ServeReplica:{PAIR}")), signal.SIGKILL)
+        gone_s = eventually(lambda: len(before & descendants(os.getpid())) == 1)
+        answers = [stream.result(60) for stream in streams]
+        assert [_num_tokens(answer.result(60)) for answer in waiting] == [5] * 6
+    failed = [events for events in answers if "error" in events[-1]]
+    assert 1 <= len(failed) <= 5
+    assert {events[-1]["error"]["code"] for events in failed} == {"engine_unavailable"}
+    assert all(_num_tokens(events) == 100 for events in answers if events not in failed)
+    record_property("engine_gone_s", gone_s)
     record_property("rebuilt_s", eventually(lambda: _groups(pair_url) == len(engines(PAIR)) == 2))
 
 
