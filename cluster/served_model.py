@@ -96,7 +96,7 @@ class GroupsOfModel:
         """A call and its first delta. A group that dies may have died of the request: it gets a second
         one, and no third."""
         loop = asyncio.get_running_loop()
-        num_begun, give_up_s = 0, loop.time() + _REROUTE_S
+        num_begun, refused_s = 0, float("inf")  # since when only groups have refused it that were dead before
         while True:
             stream = self._inbox.open(request.request_id)
             response = self._generate.remote(request, stream.reply_to)
@@ -106,7 +106,8 @@ class GroupsOfModel:
             except _GroupDiedError as death:
                 call.close()
                 num_begun += death.was_begun
-                if num_begun > 1 or loop.time() > give_up_s:
+                refused_s = float("inf") if death.was_begun else min(refused_s, loop.time())
+                if num_begun > 1 or loop.time() - refused_s > _REROUTE_S:
                     raise
             except BaseException:
                 call.close()
@@ -198,7 +199,7 @@ class _Call:
             self.stream.fail(self._explain(error))
             return
         if refusal is None:
-            lost = EngineDeadError("the engine ended this request, but its last tokens have not come")
+            lost = _GroupDiedError("the engine ended this request, but its last tokens have not come", True)
             if not self.has_ended:
                 self._timer = asyncio.get_running_loop().call_later(
                     self._last_delta_s, self.stream.fail, lost
