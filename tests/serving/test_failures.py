@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from cluster.client import Client
 from tests.serving.conftest import ROOT
-from tests.serving.fake_engine import FATAL, LATE, POISON, QUICK, SLOW, STUCK, UNLUCKY
+from tests.serving.fake_engine import CUT, FATAL, LATE, POISON, QUICK, SLOW, STUCK, UNLUCKY, UNSENT
 from tests.serving.processes import descendants, engines, eventually, kill, processes
 
 pytestmark = pytest.mark.ray
@@ -132,6 +133,25 @@ def test_a_step_loop_that_stands_still_is_replaced(pair_url: str) -> None:
     assert "no step has ended" in events[-1]["error"]["message"]
     assert _num_tokens(events) == 1
     eventually(lambda: len(set(engines(PAIR)) - before) == 1)
+
+
+def test_a_network_that_is_cut_between_engine_and_ingress_ends_its_streams(
+    pair_url: str, record_property: Record
+) -> None:
+    """Ray's own connections hold. The engine misses the ingress' heartbeats, and says so by the open call."""
+    before = set(engines(PAIR))
+    with ThreadPoolExecutor(2) as pool:
+        started = time.monotonic()
+        cut = pool.submit(_events, pair_url, _body(CUT, 400, "pair"))
+        whole = pool.submit(_events, pair_url, _body(SLOW, 60, "pair"))
+        events = cut.result(60)
+        record_property("stream_ended_s", time.monotonic() - started - 0.5)
+        assert _num_tokens(whole.result(60)) == 60
+    assert events[-1]["error"]["code"] == "engine_unavailable"
+    assert 0 < _num_tokens(events) < 400
+    assert _num_tokens(_events(pair_url, _body(UNSENT, 5, "pair"))) == 5  # no token had come: once more
+    eventually(lambda: sum(group.num_running for group in Client(pair_url).status()["pair"]) == 0)
+    assert set(engines(PAIR)) == before
 
 
 def test_an_ingress_that_is_killed_takes_its_requests_out_of_the_engines(

@@ -213,7 +213,7 @@ def test_a_network_that_is_cut_ends_the_requests_and_both_sides_forget() -> None
             with pytest.raises(EngineDeadError, match="gone away"):
                 await ended
         assert cancelled == ["r"]
-        # Nobody tells the ingress: it finds out by the silence, as packets that end a connection are lost, too.
+        # Nobody tells the ingress: packets that end a connection are lost like others.
         await _eventually(lambda: proxy.closed == {"client": 1, "server": 1})
         sender.close("r")
         proxy.heal()

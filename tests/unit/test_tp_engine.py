@@ -154,7 +154,7 @@ def test_ranks_that_never_come(tmp_path: Path) -> None:
 
 
 def test_ranks_meet_however_long_the_path_is(tmp_path: Path) -> None:
-    """The kernel takes 107 bytes for the name of a socket; some batch systems have a TMPDIR longer than that."""
+    """The kernel takes 107 bytes for the name of a socket; the TMPDIR of some batch systems is longer."""
     directory = tmp_path / ("t" * 120)
     directory.mkdir()
     thread = run(lambda: connect(RankPlace(1, 2, str(directory)), "plan").send(pack(("here",))))
