@@ -45,19 +45,15 @@ def ask(url: str) -> str:
 
 
 def group_processes() -> dict[str, int]:
-    """Process ids of the group's replica and ranks, by their class. One that follows is busy: its title names it."""
+    """Process ids of the group's replica and ranks, by their class."""
     named = [one for one in list_named_actors(all_namespaces=True) if MODEL in one["name"]]
     engine = ray.get_actor(**next(one for one in named if one["name"].endswith(":rank0")))
-    following = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if b"RankActor" in path.read_bytes()
-    ]
+    (following,) = processes("ray::RankActor")
     (replica,) = processes("ray::ServeReplica:ranks:TpGroup")
     return {
         "ServeReplica": replica,
         "EngineActor": ray.get(engine.__ray_call__.remote(lambda self: os.getpid())),
-        "RankActor": following[0],
+        "RankActor": following,
     }
 
 
@@ -93,7 +89,7 @@ def test_a_killed_process_takes_the_group_down_and_it_comes_back(
             if len(lines) == 10:
                 os.kill(all_processes[kind], signal.SIGKILL)
     assert any('"error"' in line for line in lines), lines[-5:]
-    # Ranks wait for one another in sums; all have to end, or they would hold the memory that the next ones need.
+    # Ranks wait for one another in sums; all must end, or they would hold the memory that the next ones need.
     gone_s = eventually(lambda: not set(all_processes.values()) & descendants(os.getpid()), PATIENCE_S)
     record_property(f"gone_s_{kind}", gone_s)
     deadline = time.monotonic() + PATIENCE_S
