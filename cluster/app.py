@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.config import LLMConfig, ServingArgs, to_engine_config, validate
 from cluster.controller import ControllerReplica
+from cluster.gpu_needs import device_of
 from cluster.group import TpGroup
 from cluster.ingress import IngressConfig, create_app
 from cluster.metrics import IngressMetrics, RayBackend
@@ -28,8 +30,8 @@ from cluster.token_inbox import TokenInbox
 from cluster.tokenizer import Tokenizer
 from engine.actor import EngineActor
 from engine.config import Device
-from engine.errors import ConfigError
 
+_log = logging.getLogger("ray.serve")
 # Serve's own processes are light: shares small enough that a laptop with one free core has room.
 _LIGHT = 0.1
 _CPU_RANK = {"CPU": 0.5}
@@ -58,13 +60,16 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def build_application(args: ServingArgs, engine_class: type) -> serve.Application:
     """The same with an engine of choice: a plain class shaped like `engine.actor.EngineActor`."""
-    device = _cluster_device()
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     created = int(time.time())
     served, groups = [], {}
     share = _balloon_share(args)
     for llm in args.llm_configs:
         name = deployment_name(llm.model_id)
         served.append(_Served(llm.model_id, name, llm.tokenizer_source, created))
+        device = device_of(llm, args, has_gpus)
+        if device == "cuda" and not has_gpus:
+            _log.warning("%s is for GPUs, and the cluster has none yet: it waits for them", llm.model_id)
         groups[llm.model_id] = _group(name, llm, device, share, engine_class)
     controller = serve.deployment(ControllerReplica).options(
         name="Controller",
@@ -95,10 +100,6 @@ def deployment_name(model_id: str) -> str:
     return f"TpGroup-{re.sub(r'[^A-Za-z0-9_.-]', '-', model_id)}"
 
 
-def _cluster_device() -> Device:
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-
-
 def _balloon_share(args: ServingArgs) -> float:
     """Of a node's host memory, for each engine's balloon until the controller has spoken: an equal part for
     as many engines as may come to one node. Engines start one after another, and each takes its part of what
@@ -110,12 +111,8 @@ def _balloon_share(args: ServingArgs) -> float:
 
 
 def _group(
-    name: str, llm: LLMConfig, auto_device: Device, balloon_share: float, engine_class: type
+    name: str, llm: LLMConfig, device: Device, balloon_share: float, engine_class: type
 ) -> serve.Application:
-    wanted = llm.engine_kwargs.device
-    device = auto_device if wanted == "auto" else wanted
-    if device == "cuda" and _cluster_device() == "cpu":
-        raise ConfigError(f"{llm.model_id}: engine_kwargs.device is cuda, but the Ray cluster has no GPU")
     resources = _rank_resources(llm, device)
     options = llm.deployment_config
     # The engine alone knows what it can take. Serve counts a request as queued while it looks for a

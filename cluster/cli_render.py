@@ -115,11 +115,12 @@ def _cells(owners: Mapping[str, int], width: int) -> dict[str, int]:
 def status_view(models: Mapping[str, Sequence[EngineSnapshot]]) -> RenderableType:
     """Every engine of every model: its load and its pool."""
     parts: list[RenderableType] = []
+    nodes = {one.host.node_id for snapshots in models.values() for one in snapshots if one.host is not None}
     for model_id, snapshots in models.items():
         if not snapshots:
             parts.append(Text(f"{model_id}: no engine answers", style="red"))
         for number, snapshot in enumerate(snapshots):
-            title = Text(f"{model_id} group {number}: ", style="bold")
+            title = Text(f"{model_id} group {number}{_place(snapshot, len(nodes) > 1)}: ", style="bold")
             title.append(
                 f"{snapshot.num_running} running, {_parked(snapshot)}{snapshot.num_waiting} waiting, "
                 f"{snapshot.generated_tokens} tokens out, {snapshot.num_preemptions} preempted",
@@ -127,6 +128,14 @@ def status_view(models: Mapping[str, Sequence[EngineSnapshot]]) -> RenderableTyp
             )
             parts += [title, pool_picture(snapshot)]
     return Group(*parts)
+
+
+def _place(snapshot: EngineSnapshot, tells_node: bool) -> str:
+    """How many ranks a group has, and their node: groups of one node share its host memory."""
+    ranks = f"{snapshot.num_ranks} ranks, memory of the first" if snapshot.num_ranks > 1 else ""
+    node = f"node {snapshot.host.node_id[:8]}" if tells_node and snapshot.host is not None else ""
+    told = ", ".join(filter(None, (ranks, node)))
+    return f" ({told})" if told else ""
 
 
 def trimmed_view(models: Mapping[str, Sequence[int | str]]) -> RenderableType:

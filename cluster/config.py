@@ -3,17 +3,17 @@
 Names follow Ray's LLMServingArgs and LLMConfig, so that a Ray LLM file ports by changing its
 `import_path`. What an engine field means stands in `engine.config`, once; what a `deployment_config`
 field means stands in Ray Serve's documentation. `cluster.config_ingress` is the HTTP side,
-`cluster.config_values` reads sizes and paths, `cluster.config_errors` words what can go wrong; no other
-file reads the environment.
+`cluster.config_values` reads sizes and paths, `cluster.config_source` finds the config in a file,
+`cluster.config_errors` words what can go wrong; no other file reads the environment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
@@ -25,7 +25,8 @@ from pydantic import (
 )
 
 from cluster.config_errors import explain
-from cluster.config_ingress import IngressSection
+from cluster.config_ingress import ENVIRONMENT, IngressSection
+from cluster.config_source import ConfigSource, read
 from cluster.config_values import Bytes, Section, Source
 from cluster.policy import PolicyConfig
 from engine.config import (
@@ -64,8 +65,10 @@ class ModelLoadingConfig(Section):
 class EngineKwargs(Section):
     """`engine.config.SchedulerConfig`, `ModelSource` and `EngineConfig` under vLLM's names.
 
-    `device: auto` is cuda where the Ray cluster has GPUs, else cpu. `enable_prefix_caching` is
-    `MemoryConfig`'s; it has no effect where `memory.mode` is static. `tensor_parallel_size` devices of one
+    `device: auto` is cuda where the Ray cluster has GPUs when the application is built, or where one of its
+    models asks for some (`device: cuda`, `accelerator_type`, GPUs in `bundle_per_worker`), else cpu: write
+    cuda where GPU nodes join later, as under KubeRay. `enable_prefix_caching` is `MemoryConfig`'s; it has no
+    effect where `memory.mode` is static. `tensor_parallel_size` devices of one
     node hold a copy of the model together; `memory` is then what each of them has.
     """
 
@@ -197,6 +200,14 @@ class LLMConfig(Section):
         return self.model_loading_config.tokenizer_source or self.model_source
 
     @property
+    def least_groups(self) -> int:
+        """Copies that Serve starts whatever the load; of a model that may go down to none, one."""
+        options = self.deployment_config
+        if options.autoscaling_config is not None:
+            return max(1, options.autoscaling_config.min_replicas or 1)
+        return options.num_replicas if isinstance(options.num_replicas, int) else 1
+
+    @property
     def most_ranks(self) -> int:
         """Engines that may run at once."""
         options = self.deployment_config
@@ -307,26 +318,32 @@ class ServeFile(Section):
 T = TypeVar("T", bound=Section)
 
 
-def validate(section: type[T], data: object) -> T:
-    """`data` as a `section`. Raises ConfigError with every fault, its path and the remedy."""
+def validate(section: type[T], data: object, environment: Mapping[str, str] | None = None) -> T:
+    """`data` as a `section`. Raises ConfigError with every fault, its path and the remedy.
+
+    Args:
+        environment: variables that name keys, where they are not this process' own.
+    """
     try:
-        return section.model_validate(data)
+        return section.model_validate(
+            data, context=None if environment is None else {ENVIRONMENT: environment}
+        )
     except ValidationError as error:
         raise ConfigError(explain(error, section)) from error
 
 
 def load(path: Path) -> ServeFile:
-    """The file at `path`. Raises ConfigError."""
+    """The Serve config of the file at `path`. Raises ConfigError."""
+    return parse(read(path), path)
+
+
+def parse(source: ConfigSource, path: Path) -> ServeFile:
+    """What `path` was found to hold, checked. Raises ConfigError."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    try:
-        return validate(ServeFile, data)
+        return validate(ServeFile, source.data, source.environment)
     except ConfigError as error:
-        raise ConfigError(f"{path} has errors:\n{error}") from error
+        faults = "\n".join(f"  {source.locate(fault.strip())}" for fault in str(error).splitlines())
+        raise ConfigError(f"{path} has errors:\n{faults}") from error
 
 
 def to_engine_config(llm: LLMConfig, device: Device, balloon_share: float | None = None) -> EngineConfig:

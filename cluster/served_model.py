@@ -99,7 +99,7 @@ class GroupsOfModel:
         """A call and its first delta. A group that dies may have died of the request: it gets a second
         one, and no third."""
         loop = asyncio.get_running_loop()
-        num_begun, give_up_s = 0, loop.time() + _REROUTE_S
+        num_begun, refused_s = 0, float("inf")  # since when only groups have refused it that were dead before
         while True:
             call = _Call(self.model_id, self._inbox.open(request.request_id), self._last_delta_s)
             call.send(self._generate, Handover(self._courier, request, call.stream, call.keep), request)
@@ -107,8 +107,10 @@ class GroupsOfModel:
                 return call, await self._first(call)
             except _GroupDiedError as death:
                 call.close()
-                num_begun += death.was_begun or call.was_begun
-                if num_begun > 1 or loop.time() > give_up_s:
+                was_begun = death.was_begun or call.was_begun
+                num_begun += was_begun
+                refused_s = float("inf") if was_begun else min(refused_s, loop.time())
+                if num_begun > 1 or loop.time() - refused_s > _REROUTE_S:
                     raise
             except BaseException:
                 call.close()
@@ -219,7 +221,7 @@ class _Call:
                 self.stream.fail(self._explain(error))
             return
         if refusal is None:
-            lost = EngineDeadError("the engine ended this request, but its last tokens have not come")
+            lost = _GroupDiedError("the engine ended this request, but its last tokens have not come", True)
             if not self.has_ended:
                 self._timer = asyncio.get_running_loop().call_later(
                     self._last_delta_s, self.stream.fail, lost

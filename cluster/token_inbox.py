@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from engine.messages import ReplyTo, TokenDelta
-from engine.token_wire import Row, add, decode, to_delta
+from engine.token_wire import SILENCE_S, Row, add, decode, to_delta
 
 _log = logging.getLogger("ray.serve")
 
@@ -109,10 +109,13 @@ class TokenInbox:
 
     Args:
         host: an address of this node that engines on other nodes reach.
+        silence_s: how long nothing at all may come from an engine's process, though it is asked five times: a
+            connection that is cut would stay for ever.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, silence_s: float = SILENCE_S) -> None:
         self._host = host
+        self._silence_ms = int(silence_s * 1000)
         self._secret = secrets.token_bytes(16)
         self._streams: dict[int, TokenStream] = {}
         self._numbers = itertools.count(1)
@@ -149,6 +152,8 @@ class TokenInbox:
     def _bind(self) -> None:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.ipv6 = ":" in self._host
+        self._socket.heartbeat_ivl = self._silence_ms // 5
+        self._socket.heartbeat_timeout = self._silence_ms
         self._socket.maxmsgsize = _MAX_MESSAGE_BYTES
         host = f"[{self._host}]" if ":" in self._host else self._host
         self._socket.bind(f"tcp://{host}:*")

@@ -105,7 +105,8 @@ class EngineActor:
 
     async def snapshot(self) -> EngineSnapshot:
         """The engine's state after its newest step, and that of its host."""
-        return replace((await self._ready()).snapshot, host=self._look_at_host())
+        snapshot = (await self._ready()).snapshot
+        return replace(snapshot, host=self._look_at_host(), num_ranks=self._config.tensor_parallel_size)
 
     async def apply(self, order: Order) -> OrderAnswer:
         """Follow an order of the controller at the top of the next step (`engine.orders`).

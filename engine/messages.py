@@ -340,6 +340,7 @@ class EngineSnapshot:
         order: of the controller, that is obeyed.
         order_age_s: since it came.
         host: the machine; None where the engine's process does not tell.
+        num_ranks: devices of that machine which hold the model together; the snapshot is the first one's.
     """
 
     model_id: str
@@ -370,6 +371,7 @@ class EngineSnapshot:
     order: Order | None = None
     order_age_s: float = 0.0
     host: HostSnapshot | None = None
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)

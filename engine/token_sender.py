@@ -18,13 +18,12 @@ from zmq.utils.monitor import parse_monitor_message
 
 from engine.errors import EngineDeadError
 from engine.messages import ReplyTo, TokenDelta
-from engine.token_wire import encode, weight
+from engine.token_wire import SILENCE_S, encode, weight
 
 logger = logging.getLogger(__name__)
 
 MESSAGES_AHEAD = 4  # without a receipt: a step takes longer than the way there and back
 _MAX_WEIGHT = 1 << 20  # numbers in a message, about 8 MB
-_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 2_000, 10_000  # a node that is lost sends no end of connection
 _LINGER_MS = 2_000  # the last words of an engine that ends
 STALL_S = 30.0  # an ingress whose event loop stands still for so long serves nobody
 
@@ -35,11 +34,15 @@ class TokenSender:
     Args:
         cancel: called with the id of a request whose ingress is gone.
         stall_s: how long an ingress may leave messages without a receipt.
+        silence_s: how long nothing at all may come from an ingress' process, though it is asked five times.
     """
 
-    def __init__(self, cancel: Callable[[str], None], stall_s: float = STALL_S) -> None:
+    def __init__(
+        self, cancel: Callable[[str], None], stall_s: float = STALL_S, silence_s: float = SILENCE_S
+    ) -> None:
         self._cancel = cancel
         self._stall_s = stall_s
+        self._silence_s = silence_s
         self._peers: dict[str, _Peer] = {}
         self._routes: dict[str, _Route] = {}
 
@@ -50,7 +53,7 @@ class TokenSender:
         """
         peer = self._peers.get(reply_to.address)
         if peer is None:
-            peer = _Peer(reply_to, self._stall_s, self._lost)
+            peer = _Peer(reply_to, self._stall_s, self._silence_s, self._lost)
             self._peers[reply_to.address] = peer
         route = _Route(peer, reply_to.stream, asyncio.get_running_loop().create_future())
         self._routes[request_id] = route
@@ -115,7 +118,9 @@ class _Route:
 class _Peer:
     """The connection to one ingress process."""
 
-    def __init__(self, reply_to: ReplyTo, stall_s: float, lost: Callable[[_Peer, str], None]) -> None:
+    def __init__(
+        self, reply_to: ReplyTo, stall_s: float, silence_s: float, lost: Callable[[_Peer, str], None]
+    ) -> None:
         self.address = reply_to.address
         self.pending: dict[str, tuple[_Route, TokenDelta]] = {}
         self._secret = reply_to.secret
@@ -128,8 +133,10 @@ class _Peer:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.linger = _LINGER_MS
         self._socket.ipv6 = True
-        self._socket.heartbeat_ivl = _HEARTBEAT_MS
-        self._socket.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
+        silence_ms = int(silence_s * 1000)
+        self._socket.heartbeat_ivl = silence_ms // 5
+        self._socket.heartbeat_timeout = silence_ms
+        self._socket.reconnect_ivl = -1  # what was on its way is lost, and so are the requests
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._tasks = [
             self._loop.create_task(self._read_receipts()),

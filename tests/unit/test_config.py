@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from cluster import config_source, ray_service_check
 from cluster.config import (
     EngineKwargs,
     MemorySection,
@@ -45,11 +45,11 @@ def _faults(section: type, data: Any) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_files_are_valid(path: Path) -> None:
-    if "applications" not in yaml.safe_load(path.read_text()):
-        pytest.skip("a Kubernetes manifest")
-    assert load(path).applications
-    # `serve deploy` must take the same file.
-    assert ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
+    file, notes = ray_service_check.check(path)
+    assert file.applications
+    assert notes == []
+    # `serve deploy` must take the same file, and KubeRay hands the text inside a manifest to the same door.
+    assert ServeDeploySchema.model_validate(config_source.read(path).data).applications
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.yaml")), ids=lambda path: path.name)
@@ -61,7 +61,7 @@ def test_settings_in_comments_are_valid_too(
     text, num_settings = re.subn(r"^( +)# (\w+: )", r"\1\2", path.read_text(), flags=re.MULTILINE)
     (tmp_path / "file.yaml").write_text(text)
     assert load(tmp_path / "file.yaml").applications
-    assert num_settings == {"one-node.yaml": 13, "cluster.yaml": 9}.get(path.name, 0)
+    assert num_settings == {"one-node.yaml": 13, "cluster.yaml": 9, "kuberay.yaml": 3}.get(path.name, 0)
 
 
 def test_defaults_are_the_engines_own() -> None:

@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentID
 
+from cluster import served_model
 from cluster.group import Refusal
 from cluster.request_courier import Handover, RequestCourier
 from cluster.served_model import GroupsOfModel
@@ -181,8 +182,29 @@ def test_refusals_are_not_tried_again(error: Exception) -> None:
 
 
 def test_a_last_delta_that_never_comes_is_not_waited_for() -> None:
+    assert _ask(Handle(forgets, answers(3))) == [0, 1, 2]  # nothing was sent: another try
+    handle = Handle(forgets)
     with pytest.raises(EngineDeadError, match="last tokens have not come"):
-        _ask(Handle(forgets))
+        _ask(handle)
+    assert len(handle.calls) == 2
+
+
+def test_a_request_that_has_waited_long_is_given_to_another_group_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(served_model, "_REROUTE_S", 0.05)
+
+    async def dies_late(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Refusal:
+        await asyncio.sleep(0.2)
+        return Refusal(DEAD)
+
+    assert _ask(Handle(dies_late, answers(3))) == [0, 1, 2]
+
+
+def test_a_group_that_stays_dead_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_model, "_REROUTE_S", 0.05)
+    with pytest.raises(EngineDeadError, match="process ended"):
+        _ask(Handle(refuses(DEAD, was_begun=False)))
 
 
 def test_a_reader_that_leaves_cancels_the_call() -> None:

@@ -153,6 +153,16 @@ def test_ranks_that_never_come(tmp_path: Path) -> None:
     thread.join(10)
 
 
+def test_ranks_meet_however_long_the_path_is(tmp_path: Path) -> None:
+    """The kernel takes 107 bytes for the name of a socket; the TMPDIR of some batch systems is longer."""
+    directory = tmp_path / ("t" * 120)
+    directory.mkdir()
+    thread = run(lambda: connect(RankPlace(1, 2, str(directory)), "plan").send(pack(("here",))))
+    links = accept(RankPlace(0, 2, str(directory)), ["plan"], timeout_s=30)
+    assert links["plan"][0].receive(timeout_s=30) == ("here",)
+    thread.join(10)
+
+
 def test_the_group_is_gone_with_its_engine(tiny: Path) -> None:
     """Nothing has to be closed: whoever drops an engine ends its ranks."""
     with followers_in_threads(config(tiny, 2)) as place:
