@@ -17,6 +17,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
 from cluster.ranking import Ask, GroupLoad, rank_groups
 from engine.messages import GenerateRequest
+from engine.migration import Migrated
 
 _LAG_S = 0.2  # facts are so old when they come, at least: what was sent before may not be in them
 CHOSEN_S = 1.0  # sending follows a choice within milliseconds; after this it was not sent at all
@@ -137,6 +138,10 @@ class SloRouter(FIFOMixin, RequestRouter):
             # Else Serve asks again without a pause while every group is full.
             pending_request.routing_context.should_backoff = True
         now = self._clock()
+        home = _home_of(pending_request, candidate_replicas)
+        if home is not None and pending_request is not None:
+            self._in_flight.choose(pending_request.future, home.replica_id, now)
+            return [[home]]
         counts = self._in_flight.counts(now)
         loads = [self._load(replica, counts[replica.replica_id], now) for replica in candidate_replicas]
         names = [replica.replica_id for replica in candidate_replicas]
@@ -209,6 +214,14 @@ class SloRouter(FIFOMixin, RequestRouter):
             unseen_tokens=self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
             age_s=float("inf") if changed_s is None else now_s - changed_s,
         )
+
+
+def _home_of(pending: PendingRequest | None, candidates: Sequence[RunningReplica]) -> RunningReplica | None:
+    """The group that a request has moved to; it alone knows it."""
+    moved = pending.args[0] if pending is not None and pending.args else None
+    if not isinstance(moved, Migrated):
+        return None
+    return next((one for one in candidates if one.replica_id.unique_id == moved.group_id), None)
 
 
 def _request_of(pending: PendingRequest | None) -> GenerateRequest | None:

@@ -7,7 +7,7 @@ group died before its first token to another. The request goes by Serve, its tok
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
@@ -19,8 +19,10 @@ from cluster.token_inbox import TokenInbox, TokenStream
 from cluster.tokenizer import Tokenizer
 from engine.errors import BallonetError, EngineDeadError, OverloadedError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+from engine.migration import Migrated
 
 T = TypeVar("T")
+_Follow = Callable[[Migrated], DeploymentResponse[Any]]
 
 _ANSWER_S = 2.0  # a group that takes longer to answer a control call is not well
 _TRIM_S = TRIM_S + 5.0  # a group answers in TRIM_S whatever its engine does
@@ -58,6 +60,7 @@ class GroupsOfModel:
         self._tokenizer = tokenizer
         self._handle = handle
         self._generate = handle.options(method_name="generate")
+        self._attend = handle.options(method_name="attend")
         self._inbox = inbox
         self._last_delta_s = last_delta_s
         self._no_group_s = no_group_s
@@ -100,7 +103,7 @@ class GroupsOfModel:
         while True:
             stream = self._inbox.open(request.request_id)
             response = self._generate.remote(request, stream.reply_to)
-            call = _Call(self.model_id, response, stream, self._last_delta_s)
+            call = _Call(self.model_id, response, stream, self._last_delta_s, self._follow(request, stream))
             try:
                 return call, await self._first(call)
             except _GroupDiedError as death:
@@ -112,6 +115,10 @@ class GroupsOfModel:
                 call.close()
                 raise
             await asyncio.sleep(_REROUTE_PAUSE_S)
+
+    def _follow(self, request: GenerateRequest, stream: TokenStream) -> _Follow:
+        """What calls the group that a request has moved to. Its tokens come to the same stream."""
+        return lambda moved: self._attend.remote(moved, request.request_id, stream.reply_to)
 
     async def _first(self, call: _Call) -> TokenDelta:
         """The first delta. A group may take long to come to it; but Serve would wait forever for a group."""
@@ -167,17 +174,25 @@ class _GroupDiedError(EngineDeadError):
 class _Call:
     """One attempt at one request: a call of a group that is open as long as it, and the stream it fills.
 
-    The last delta ends the stream. The end of the call, which may come before it, matters if it is an error.
+    The last delta ends the stream. The end of the call, which may come before it, matters if it is an error,
+    or if the request has moved to another group, which is called then: all tokens of the first one are here,
+    and the other one says none before.
     """
 
     def __init__(
-        self, model_id: str, response: DeploymentResponse[Any], stream: TokenStream, last_delta_s: float
+        self,
+        model_id: str,
+        response: DeploymentResponse[Any],
+        stream: TokenStream,
+        last_delta_s: float,
+        follow: _Follow,
     ) -> None:
         self.stream = stream
         self.has_ended = False
         self._model_id = model_id
         self._response = response
         self._last_delta_s = last_delta_s
+        self._follow = follow
         self._timer: asyncio.TimerHandle | None = None
         self._task = asyncio.create_task(self._watch())
 
@@ -193,7 +208,10 @@ class _Call:
 
     async def _watch(self) -> None:
         try:
-            refusal: Refusal | None = await self._response
+            refusal: Refusal | Migrated | None = await self._response
+            while isinstance(refusal, Migrated):
+                self._response = self._follow(refusal)
+                refusal = await self._response
         except Exception as error:
             self.stream.fail(self._explain(error))
             return

@@ -12,14 +12,23 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
 from engine.control import HostSnapshot, Order, OrderAnswer
-from engine.errors import EngineDeadError, RequestError
+from engine.errors import BallonetError, EngineDeadError, RequestError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
+from engine.migration import (
+    Accepted,
+    Declined,
+    Migrated,
+    MigrationOffer,
+    MigrationResult,
+    SequenceState,
+)
+from engine.migrator import Migrator
 from engine.token_sender import TokenSender
 from engine.tp.place import RankPlace
 
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HOST_S = 1.0  # between two looks at the host's memory, which takes a fraction of a millisecond
+_PEER_S = 30.0  # another engine answers between two steps, of which one may be a long prompt's
 _STOP_S = 10.0  # a step takes well under a second; a thread that needs longer is stuck
 
 
@@ -54,6 +64,7 @@ class EngineActor:
         self._stop = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
+        self._migrator: Migrator | None = None
         self._failure: BaseException | None = None
         self._loaded = threading.Event()
         self._host: HostSnapshot | None = None
@@ -69,8 +80,9 @@ class EngineActor:
         """
         return (await self._ready()).info
 
-    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
-        """Sends the request's deltas to `reply_to` as they come, and returns when the last one is sent.
+    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> Migrated | None:
+        """Sends the request's deltas to `reply_to` as they come, and returns when the last one is sent, or
+        where the request goes on: there `attend` is to be called.
 
         Whoever cancels this call cancels the request; so does an ingress that goes away.
 
@@ -79,19 +91,66 @@ class EngineActor:
             EngineDeadError: nobody can finish it here.
         """
         engine = await self._ready()
+
+        async def submit() -> None:
+            engine.submit(request)
+
+        return await self._answer(engine, request.request_id, reply_to, submit)
+
+    async def attend(self, migration_id: str, request_id: str, reply_to: ReplyTo) -> Migrated | None:
+        """As `generate`, for a request that has moved here: it goes on from now on.
+
+        Raises:
+            EngineDeadError: it is not here, or nobody can finish it here.
+        """
+        engine, migrator = await self._ready(), await self._migrations()
+        return await self._answer(engine, request_id, reply_to, lambda: migrator.adopt(migration_id))
+
+    async def _answer(
+        self, engine: Engine, request_id: str, reply_to: ReplyTo, begin: Callable[[], Awaitable[None]]
+    ) -> Migrated | None:
         self._loop = asyncio.get_running_loop()
-        if self._sender.is_open(request.request_id):
-            raise RequestError(f"a request with the id {request.request_id!r} is still open")
-        ended = self._sender.open(request.request_id, reply_to)
+        if self._sender.is_open(request_id):
+            raise RequestError(f"a request with the id {request_id!r} is still open")
+        ended = self._sender.open(request_id, reply_to)
         has_ended = False
         try:
-            engine.submit(request)
-            await ended
+            await begin()
+            migrated = await ended
             has_ended = True
         finally:
-            self._sender.close(request.request_id)
+            self._sender.close(request_id)
             if not has_ended:
-                engine.cancel(request.request_id)
+                engine.cancel(request_id)
+        return migrated
+
+    async def migrate(
+        self, target: str, group_id: str, request_id: str | None = None, min_stay_s: float = 0.0
+    ) -> MigrationResult:
+        """Move a parked request to another engine (`engine.migrator.Migrator.send`).
+
+        Args:
+            target: name of its actor.
+            group_id: of its replica.
+        """
+        return await (await self._migrations()).send(ActorPeer(target), group_id, request_id, min_stay_s)
+
+    async def prepare_migration(self, offer: MigrationOffer) -> Accepted | Declined:
+        """Make room for a request of another engine."""
+        return await (await self._migrations()).prepare(offer)
+
+    async def take_in(self, migration_id: str, state: SequenceState) -> Declined | None:
+        """All of a request has come; None if it is safe here."""
+        return await (await self._migrations()).take_in(migration_id, state)
+
+    async def forget(self, migration_id: str) -> None:
+        """A request does not come."""
+        await (await self._migrations()).forget(migration_id)
+
+    async def _migrations(self) -> Migrator:
+        if self._migrator is None:
+            self._migrator = Migrator(await self._ready(), self._sender)
+        return self._migrator
 
     async def cancel(self, request_id: str) -> None:
         """End a request at the top of the next step; an id that is unknown or has ended is ignored."""
@@ -180,7 +239,9 @@ class EngineActor:
         from engine.build import build_engine  # brings torch in
 
         try:
-            self._engine = build_engine(self._config, self._publish, place=self._place)
+            self._engine = build_engine(
+                self._config, self._publish, place=self._place, host=_address_of_node()
+            )
         except Exception as error:  # told to whoever asks; a thread has nobody to raise to
             logger.exception("engine did not start")
             self._failure = error
@@ -211,6 +272,53 @@ class EngineActor:
                     self._sender.fail(delta.request_id, death)
             deltas = [delta for delta in deltas if delta.finish_reason != "error"]
         self._sender.put(deltas)
+
+
+class ActorPeer:
+    """Another engine's actor. Implements `engine.migrator.Peer`.
+
+    Args:
+        name: of the actor, in this one's namespace.
+        timeout_s: for each answer.
+    """
+
+    def __init__(self, name: str, timeout_s: float = _PEER_S) -> None:
+        self._name = name
+        self._timeout_s = timeout_s
+
+    async def prepare(self, offer: MigrationOffer) -> Accepted | Declined:
+        answer: Accepted | Declined = await self._call("prepare_migration", offer)
+        return answer
+
+    async def take_in(self, migration_id: str, state: SequenceState) -> Declined | None:
+        answer: Declined | None = await self._call("take_in", migration_id, state)
+        return answer
+
+    async def forget(self, migration_id: str) -> None:
+        await self._call("forget", migration_id)
+
+    async def _call(self, method: str, *arguments: object) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, self._name)
+            return await asyncio.wait_for(getattr(actor, method).remote(*arguments), self._timeout_s)
+        except TimeoutError:
+            raise EngineDeadError(f"{self._name} has not answered for {self._timeout_s:.0f} s") from None
+        except (RayActorError, ValueError) as error:  # the latter if there is no actor of that name
+            raise EngineDeadError(f"{self._name} is gone: {error}") from None
+        except RayTaskError as error:
+            if isinstance(error.cause, BallonetError):
+                raise error.cause from None
+            raise
+
+
+def _address_of_node() -> str:
+    """By which engines on other nodes reach this one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
 
 
 class RankActor:
