@@ -28,7 +28,7 @@ from engine.sequence import State
 
 logger = logging.getLogger(__name__)
 
-UNCLAIMED_S = 60.0  # for bytes to come, then for the ingress to call: a call takes milliseconds
+UNCLAIMED_S = 30.0  # for the source's word, and then for the ingress to call: each takes milliseconds
 
 
 @dataclass(slots=True, eq=False)
@@ -46,12 +46,17 @@ class _Leaving:
 
 @dataclass(slots=True, eq=False)
 class _Coming:
-    """A sequence that may be about to run here. `state` is there once everything is."""
+    """A sequence that may be about to run here.
+
+    Attributes:
+        waits_s: since when all its bytes are here.
+        state: there once it waits to be called for.
+    """
 
     offer: MigrationOffer
     passage: Passage
     seat: int
-    since_s: float
+    waits_s: float | None = None
     state: SequenceState | None = None
 
 
@@ -209,7 +214,7 @@ class Migrations:
             self._close_id(offer.request_id)
             return Declined("refused", f"the balloon has no room for {offer.num_rows} rows")
         passage, doors = taken
-        self._coming[offer.migration_id] = _Coming(offer, passage, free_seats.pop(), self._clock())
+        self._coming[offer.migration_id] = _Coming(offer, passage, free_seats.pop())
         return Accepted(doors)
 
     def take_in(self, migration_id: str, state: SequenceState) -> None:
@@ -221,7 +226,7 @@ class Migrations:
         coming = self._coming.get(migration_id)
         if coming is None or not coming.passage.is_through:
             raise DriverError("KV transfer", "the bytes have not come, or came too late")
-        coming.state, coming.since_s = state, self._clock()
+        coming.state, coming.waits_s = state, self._clock()
 
     def adopt(self, migration_id: str) -> bool:
         """The ingress calls for a sequence: it is parked here from now on, and comes back in its turn. False
@@ -253,11 +258,16 @@ class Migrations:
         now_s = self._clock()
         for migration_id, coming in list(self._coming.items()):
             try:
-                is_lost = not coming.passage.is_through and now_s - coming.since_s > unclaimed_s
+                is_there = (
+                    coming.passage.is_through
+                )  # bytes that do not come end by themselves, with an error
             except DriverError as error:
                 logger.warning("request %s does not come: %s", coming.offer.request_id, error)
-                is_lost = True
-            if is_lost or (coming.state is not None and now_s - coming.since_s > unclaimed_s):
+                self.forget(migration_id)
+                continue
+            if is_there and coming.waits_s is None:
+                coming.waits_s = now_s
+            elif coming.waits_s is not None and now_s - coming.waits_s > unclaimed_s:
                 self.forget(migration_id)
 
     def _hindrance(self, seq: EngineSequence, came_before_s: float) -> str:

@@ -15,8 +15,8 @@ from tests.unit.engine_cases import ask
 from tests.unit.parking_cases import filled
 
 PATIENCE_S = 60.0
-# 16 chunks each in the end. At the pace of the fake clock each is soon a turn ahead of its client.
-REQUESTS = [replace(ask(f"r{at}", 20 + 7 * at, 90), tpot_slo_s=0.01) for at in range(4)]
+# At the pace of the fake clock each is soon a turn ahead of its client.
+REQUESTS = [replace(ask(f"r{at}", 20 + 7 * at, 50), tpot_slo_s=0.01) for at in range(4)]
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -28,7 +28,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 def crowded(
-    total: int = 46, balloon_chunks: int = 400, transport: KvTransport | None = None, max_num_seqs: int = 4
+    total: int = 30, balloon_chunks: int = 400, transport: KvTransport | None = None, max_num_seqs: int = 4
 ) -> Bench:
     """An engine with too little memory for its requests, which take turns."""
     limits = SchedulerConfig(
