@@ -21,14 +21,13 @@ class KvShape:
 
     Attributes:
         source: where the weights came from.
-        weight_bytes: of a rank: a check that the same source still held the same model.
         num_ranks: of the TP group; rank i's chunks go to rank i.
         num_kv_heads: of a rank.
+        weight_bytes: of a rank: a check that the same source still held the same model.
     """
 
     model_id: str
     source: str
-    weight_bytes: int
     dtype: str
     vocab_size: int
     num_ranks: int
@@ -38,6 +37,7 @@ class KvShape:
     layers_per_group: int
     tokens_per_chunk: int
     chunk_bytes: int
+    weight_bytes: int
 
     def difference(self, other: KvShape) -> str:
         """What differs, by name; empty if nothing does."""

@@ -346,7 +346,6 @@ def shape_of(config: EngineConfig, info: EngineInfo, pool: MemoryPool) -> KvShap
     return KvShape(
         info.model_id,
         f"{model.source} (dummy {model.seed})" if is_dummy else model.source,
-        info.weight_bytes,
         info.dtype,
         info.vocab_size,
         config.tensor_parallel_size,
@@ -356,4 +355,5 @@ def shape_of(config: EngineConfig, info: EngineInfo, pool: MemoryPool) -> KvShap
         geometry.layers_per_group,
         geometry.tokens_per_chunk,
         geometry.chunk_bytes,
+        info.weight_bytes,
     )
