@@ -22,7 +22,7 @@ from tests.unit.model_cases import save_tiny
 
 pytestmark = pytest.mark.ray
 
-MODEL, NUM_TOKENS, VOCAB = "mover", 450, 199
+MODEL, NUM_TOKENS, VOCAB = "mover", 700, 199
 PATIENCE_S = 120.0
 SAMPLINGS = ({"temperature": 0}, {"temperature": 0.9, "seed": 7, "presence_penalty": 0.5})
 
@@ -49,7 +49,7 @@ def url(
             "min_retained_chunks": 0,
             "deposit": False,
         },
-        memory={"pool_bytes": "448KiB", "chunk_bytes": "4KiB", "balloon_bytes": "16MiB"},
+        memory={"pool_bytes": "640KiB", "chunk_bytes": "4KiB", "balloon_bytes": "16MiB"},
         slo={"ttft_ms": 1000, "tpot_ms": 1000},
         deployment_config={"num_replicas": 2},
     )
@@ -139,14 +139,14 @@ def move_any(readers: list[Reader]) -> tuple[Reader, str]:
 
 def test_a_stream_moves_and_its_client_notices_nothing(url: str) -> None:
     """Twice as much as both groups have memory for: they take turns, and one request goes over."""
-    readers = [Reader(url, number) for number in range(6)]
+    readers = [Reader(url, number) for number in range(8)]
     reader, _ = move_any(readers)
     at, started = len(reader.text), time.monotonic()
     assert reader.finish_reason is None, "it moved in the midst of its answer"
     for one in readers:
         one.join(PATIENCE_S)
     print(f"it had {at} characters, and {len(reader.text)} {time.monotonic() - started:.1f} s later")
-    assert [one.finish_reason for one in readers] == ["length"] * 6
+    assert [one.finish_reason for one in readers] == ["length"] * 8
     assert not any(one.errors for one in readers)
     alone = Reader(url, reader.number)
     alone.join(PATIENCE_S)
