@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 
 from cluster.host_shares import Claim, divide
 from cluster.policy_facts import Facts, Levers, Outlook, facts_of, look
+from cluster.policy_migration import DWELL_S, MigrationState, plan_migrations
 from cluster.policy_models import ModelState, judge_models
-from cluster.reports import GroupReport, Instruction
+from cluster.reports import GroupReport, Instruction, MigrationOrder
 from engine.control import Order
 from engine.errors import ConfigError
 
@@ -88,6 +89,7 @@ class State:
     orders: Mapping[str, Order] = field(default_factory=dict)
     budgets: Mapping[str, int] = field(default_factory=dict)
     models: Mapping[str, ModelState] = field(default_factory=dict)
+    migrations: MigrationState = field(default_factory=MigrationState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +155,23 @@ def decide(
     for node_id, members in _by(groups, lambda facts: facts.node_id).items():
         moved |= _divide_node(members, budgets[node_id], config, now)
     models, replicas = judge_models(moved, state.models, config, now)
+    pairs, migrations = plan_migrations(moved, state.migrations, config, now)
     for members in _by(moved, lambda facts: facts.model_id).values():
         moved |= _weigh(members, config, now)
     moved = {group_id: _retain(one, config, now) for group_id, one in moved.items()}
     orders, revision = _orders(moved, state)
+    leaving = {
+        source: MigrationOrder(state.epoch, revision := revision + 1, target, DWELL_S)
+        for source, target in pairs.items()
+    }
     instructions = tuple(
-        Instruction(one.group_id, orders[one.group_id], replicas[one.model_id])
+        Instruction(one.group_id, orders[one.group_id], replicas[one.model_id], leaving.get(one.group_id))
         for one in reports
         if one.snapshot is not None
-        and (one.snapshot.order, one.wanted_replicas) != (orders[one.group_id], replicas[one.model_id])
+        and (
+            one.group_id in leaving
+            or (one.snapshot.order, one.wanted_replicas) != (orders[one.group_id], replicas[one.model_id])
+        )
     )
     actions = [action for group_id, one in moved.items() for action in _changes(group_id, groups, one)]
     actions += [
@@ -169,9 +179,10 @@ def decide(
         for model_id, model in models.items()
         if (why := model.changed)
     ]
+    actions += [Action(source, "migrate", "parked_late") for source in leaving]
     weights = {group_id: one.levers.weight.value for group_id, one in moved.items()}
     done = Decision(instructions, weights, replicas, tuple(actions))
-    return done, State(state.epoch, revision, moved, orders, budgets, models)
+    return done, State(state.epoch, revision, moved, orders, budgets, models, migrations)
 
 
 def _look_at(

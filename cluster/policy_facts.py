@@ -43,6 +43,7 @@ class Facts:
     num_waiting_late: int
     num_running: int
     num_parked: int
+    num_parked_late: int
     expected_ttft_s: float
     ttft_slo_s: float
     first: tuple[int, int]
@@ -78,6 +79,7 @@ def facts_of(report: GroupReport) -> Facts | None:
         num_waiting_late=now.num_waiting_late,
         num_running=now.num_running,
         num_parked=now.num_parked,
+        num_parked_late=now.num_parked_late,
         expected_ttft_s=now.expected_ttft_s,
         ttft_slo_s=report.ttft_slo_s,
         first=(now.first_in_time, now.first_late),

@@ -18,6 +18,7 @@ from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
 from cluster.ranking import Ask, GroupLoad, door_of, rank_groups
 from cluster.request_courier import Handover
 from engine.messages import GenerateRequest
+from engine.migration import Migrated
 
 _LAG_S = 0.2  # facts are so old when they come, at least: what was sent before may not be in them
 CHOSEN_S = 1.0  # sending follows a choice within milliseconds; after this it was not sent at all
@@ -139,6 +140,10 @@ class SloRouter(FIFOMixin, RequestRouter):
             pending_request.routing_context.should_backoff = True
             _recall_refused(pending_request)
         now = self._clock()
+        home = _home_of(pending_request, candidate_replicas)
+        if home is not None and pending_request is not None:
+            self._in_flight.choose(pending_request.future, home.replica_id, now)
+            return [[home]]
         counts = self._in_flight.counts(now)
         loads = [self._load(replica, counts[replica.replica_id], now) for replica in candidate_replicas]
         names = [replica.replica_id for replica in candidate_replicas]
@@ -230,6 +235,14 @@ def _recall_refused(pending: PendingRequest) -> None:
 def _handover_of(pending: PendingRequest) -> Handover | None:
     second = pending.args[1] if len(pending.args) > 1 else None
     return second if isinstance(second, Handover) else None
+
+
+def _home_of(pending: PendingRequest | None, candidates: Sequence[RunningReplica]) -> RunningReplica | None:
+    """The group that a request has moved to; it alone knows it."""
+    moved = pending.args[0] if pending is not None and pending.args else None
+    if not isinstance(moved, Migrated):
+        return None
+    return next((one for one in candidates if one.replica_id.unique_id == moved.group_id), None)
 
 
 def _request_of(pending: PendingRequest | None) -> GenerateRequest | None:

@@ -7,7 +7,7 @@ group died before its first token to another. The request goes by Serve, its tok
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
@@ -20,8 +20,10 @@ from cluster.token_inbox import TokenInbox, TokenStream
 from cluster.tokenizer import Tokenizer
 from engine.errors import BallonetError, EngineDeadError, OverloadedError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+from engine.migration import Migrated
 
 T = TypeVar("T")
+_Follow = Callable[[Migrated], DeploymentResponse[Any]]
 
 _ANSWER_S = 2.0  # a group that takes longer to answer a control call is not well
 _TRIM_S = TRIM_S + 5.0  # a group answers in TRIM_S whatever its engine does
@@ -60,6 +62,7 @@ class GroupsOfModel:
         self._tokenizer = tokenizer
         self._handle = handle
         self._generate = handle.options(method_name="generate")
+        self._attend = handle.options(method_name="attend")
         self._inbox = inbox
         self._courier = courier
         self._last_delta_s = last_delta_s
@@ -101,8 +104,9 @@ class GroupsOfModel:
         loop = asyncio.get_running_loop()
         num_begun, refused_s = 0, float("inf")  # since when only groups have refused it that were dead before
         while True:
-            call = _Call(self.model_id, self._inbox.open(request.request_id), self._last_delta_s)
-            call.send(self._generate, Handover(self._courier, request, call.stream, call.keep), request)
+            stream = self._inbox.open(request.request_id)
+            call = _Call(self.model_id, stream, self._last_delta_s, self._follow(request, stream))
+            call.send(self._generate, Handover(self._courier, request, stream, call.keep), request)
             try:
                 return call, await self._first(call)
             except _GroupDiedError as death:
@@ -116,6 +120,10 @@ class GroupsOfModel:
                 call.close()
                 raise
             await asyncio.sleep(_REROUTE_PAUSE_S)
+
+    def _follow(self, request: GenerateRequest, stream: TokenStream) -> _Follow:
+        """What calls the group that a request has moved to. Its tokens come to the same stream."""
+        return lambda moved: self._attend.remote(moved, request.request_id, stream.reply_to)
 
     async def _first(self, call: _Call) -> TokenDelta:
         """The first delta. A group may take long to come to it; but Serve would wait forever for a group."""
@@ -171,15 +179,18 @@ class _GroupDiedError(EngineDeadError):
 class _Call:
     """One attempt at one request: a call of a group that is open as long as it, and the stream it fills.
 
-    The last delta ends the stream. The end of the call, which may come before it, matters if it is an error.
+    The last delta ends the stream. The end of the call, which may come before it, matters if it is an error,
+    or if the request has moved to another group, which is called then: all tokens of the first one are here,
+    and the other one says none before.
     """
 
-    def __init__(self, model_id: str, stream: TokenStream, last_delta_s: float) -> None:
+    def __init__(self, model_id: str, stream: TokenStream, last_delta_s: float, follow: _Follow) -> None:
         self.stream = stream
         self.has_ended = False
         self._model_id = model_id
         self._last_delta_s = last_delta_s
         self._is_kept = False
+        self._follow = follow
         self._timer: asyncio.TimerHandle | None = None
 
     def send(self, generate: Any, handover: Handover, request: GenerateRequest) -> None:
@@ -215,7 +226,10 @@ class _Call:
 
     async def _watch(self) -> None:
         try:
-            refusal: Refusal | None = await self._response
+            refusal: Refusal | Migrated | None = await self._response
+            while isinstance(refusal, Migrated):
+                self._response = self._follow(refusal)
+                refusal = await self._response
         except Exception as error:
             if not self._is_kept:
                 self.stream.fail(self._explain(error))

@@ -14,12 +14,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
 from engine.control import HostSnapshot, Order, OrderAnswer
-from engine.errors import EngineDeadError
+from engine.errors import BallonetError, EngineDeadError
 from engine.messages import Door, EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
+from engine.migration import (
+    Accepted,
+    Declined,
+    Migrated,
+    MigrationOffer,
+    MigrationResult,
+    SequenceState,
+)
+from engine.migrator import Migrator
 from engine.open_requests import OpenRequests
 from engine.request_door import RequestDoor
 from engine.token_sender import TokenSender
@@ -32,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _HOST_S = 1.0  # between two looks at the host's memory, which takes a fraction of a millisecond
 _DRAIN_S = 0.1  # between two looks
+_PEER_S = 30.0  # another engine answers between two steps, of which one may be a long prompt's
 _STOP_S = 10.0  # a step takes well under a second; a thread that needs longer is stuck
 
 
@@ -59,6 +69,7 @@ class EngineActor:
         self._stop = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
+        self._migrator: Migrator | None = None
         self._failure: BaseException | None = None
         self._loaded = threading.Event()
         self._host: HostSnapshot | None = None
@@ -74,8 +85,9 @@ class EngineActor:
         """
         return (await self._ready()).info
 
-    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
-        """Sends the request's deltas to `reply_to` as they come, and returns when the last one is sent.
+    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> Migrated | None:
+        """Sends the request's deltas to `reply_to` as they come, and returns when the last one is sent, or
+        where the request goes on: there `attend` is to be called.
 
         Whoever cancels this call cancels the request; so does an ingress that goes away.
 
@@ -85,7 +97,7 @@ class EngineActor:
         """
         await self._ready()
         self._loop = asyncio.get_running_loop()
-        await self._requests.run(request, reply_to)
+        return await self._requests.run(request, reply_to)
 
     async def door(self) -> Door:
         """Where the engine takes requests past Ray, once it is loaded.
@@ -96,8 +108,46 @@ class EngineActor:
         await self._ready()
         if self._door is None:
             self._loop = asyncio.get_running_loop()
-            self._door = RequestDoor(_node_address(), self._requests)
+            self._door = RequestDoor(_address_of_node(), self._requests)
         return self._door.door
+
+    async def attend(self, migration_id: str, request_id: str, reply_to: ReplyTo) -> Migrated | None:
+        """As `generate`, for a request that has moved here: it goes on from now on.
+
+        Raises:
+            EngineDeadError: it is not here, or nobody can finish it here.
+        """
+        migrator = await self._migrations()
+        self._loop = asyncio.get_running_loop()
+        return await self._requests.attend(request_id, reply_to, lambda: migrator.adopt(migration_id))
+
+    async def migrate(
+        self, target: str, group_id: str, request_id: str | None = None, min_stay_s: float = 0.0
+    ) -> MigrationResult:
+        """Move a parked request to another engine (`engine.migrator.Migrator.send`).
+
+        Args:
+            target: name of its actor.
+            group_id: of its replica.
+        """
+        return await (await self._migrations()).send(ActorPeer(target), group_id, request_id, min_stay_s)
+
+    async def prepare_migration(self, offer: MigrationOffer) -> Accepted | Declined:
+        """Make room for a request of another engine."""
+        return await (await self._migrations()).prepare(offer)
+
+    async def take_in(self, migration_id: str, state: SequenceState) -> Declined | None:
+        """All of a request has come; None if it is safe here."""
+        return await (await self._migrations()).take_in(migration_id, state)
+
+    async def forget(self, migration_id: str) -> None:
+        """A request does not come."""
+        await (await self._migrations()).forget(migration_id)
+
+    async def _migrations(self) -> Migrator:
+        if self._migrator is None:
+            self._migrator = Migrator(await self._ready(), self._sender, self._requests.is_claimed)
+        return self._migrator
 
     async def cancel(self, request_id: str) -> None:
         """End a request at the top of the next step; an id that is unknown or has ended is ignored."""
@@ -196,7 +246,9 @@ class EngineActor:
         from engine.build import build_engine  # brings torch in
 
         try:
-            self._engine = build_engine(self._config, self._publish, place=self._place)
+            self._engine = build_engine(
+                self._config, self._publish, place=self._place, host=_address_of_node()
+            )
         except Exception as error:  # told to whoever asks; a thread has nobody to raise to
             logger.exception("engine did not start")
             self._failure = error
@@ -234,11 +286,51 @@ class EngineActor:
         self._sender.put(deltas)
 
 
-def _node_address() -> str:
+class ActorPeer:
+    """Another engine's actor. Implements `engine.migrator.Peer`.
+
+    Args:
+        name: of the actor, in this one's namespace.
+        timeout_s: for each answer.
+    """
+
+    def __init__(self, name: str, timeout_s: float = _PEER_S) -> None:
+        self._name = name
+        self._timeout_s = timeout_s
+
+    async def prepare(self, offer: MigrationOffer) -> Accepted | Declined:
+        answer: Accepted | Declined = await self._call("prepare_migration", offer)
+        return answer
+
+    async def take_in(self, migration_id: str, state: SequenceState) -> Declined | None:
+        answer: Declined | None = await self._call("take_in", migration_id, state)
+        return answer
+
+    async def forget(self, migration_id: str) -> None:
+        await self._call("forget", migration_id)
+
+    async def _call(self, method: str, *arguments: object) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, self._name)
+            return await asyncio.wait_for(getattr(actor, method).remote(*arguments), self._timeout_s)
+        except TimeoutError:
+            raise EngineDeadError(f"{self._name} has not answered for {self._timeout_s:.0f} s") from None
+        except (RayActorError, ValueError) as error:  # the latter if there is no actor of that name
+            raise EngineDeadError(f"{self._name} is gone: {error}") from None
+        except RayTaskError as error:
+            if isinstance(error.cause, BallonetError):
+                raise error.cause from None
+            raise
+
+
+def _address_of_node() -> str:
+    """By which engines on other nodes reach this one."""
     import ray
 
-    address: str = ray.util.get_node_ip_address()
-    return address
+    return str(ray.util.get_node_ip_address())
 
 
 class RankActor:

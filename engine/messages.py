@@ -325,6 +325,7 @@ class EngineSnapshot:
         prefix_queries, prefix_hits: tokens of prompts that were looked up in the prefix cache, and those
             of them that were found.
         num_parked: sequences whose KV is in the balloon, or on its way there or back.
+        num_parked_late: those of them whose client waits longer for tokens than can be made up for.
         num_parkings: how often a sequence was parked so far.
         num_deposited: tokens held back, because they are ahead of the pace that their clients were promised.
         expected_ttft_s: how long a new request would wait for its first token, by the newest rate of prompts.
@@ -357,6 +358,7 @@ class EngineSnapshot:
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_parked: int = 0
+    num_parked_late: int = 0
     num_parkings: int = 0
     num_deposited: int = 0
     expected_ttft_s: float = 0.0

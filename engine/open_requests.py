@@ -7,12 +7,14 @@ milliseconds more, finds it under way. Owns which of them no call has come for y
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from engine.errors import BallonetError, RequestError
 from engine.messages import GenerateRequest, ReplyTo
+from engine.migration import Migrated
 from engine.token_sender import TokenSender
 
+Ended = asyncio.Future[Migrated | None]
 KEPT_S = 60.0  # how the request ended, for a call that comes late; Serve's take milliseconds
 
 
@@ -37,7 +39,7 @@ class OpenRequests:
         self._submit = submit
         self._cancel = cancel
         self._kept_s = kept_s
-        self._early: dict[str, asyncio.Future[None]] = {}
+        self._early: dict[str, Ended] = {}
 
     @property
     def num_early(self) -> int:
@@ -62,23 +64,47 @@ class OpenRequests:
         if (ended := self._early.pop(request_id, None)) is not None:
             self._close(request_id, ended)
 
-    async def run(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
-        """The call: returns when the last delta has been sent. Whoever cancels it cancels the request.
+    def is_claimed(self, request_id: str) -> bool:
+        """Whether a call has come for it: only such a request can move, since its call tells where it is."""
+        return request_id not in self._early
+
+    async def run(self, request: GenerateRequest, reply_to: ReplyTo) -> Migrated | None:
+        """The call: returns when the last delta has been sent, or the request has moved to another engine.
+        Whoever cancels it cancels the request.
 
         Raises:
             BallonetError: it was not taken, or cannot be finished here.
         """
         ended = self._early.pop(request.request_id, None)
         if ended is None:
-            if self._sender.is_open(request.request_id):
-                raise RequestError(f"a request with the id {request.request_id!r} is still open")
+            self._refuse_twice(request.request_id)
             ended = self._start(request, reply_to)
-        try:
-            await ended
-        finally:
-            self._close(request.request_id, ended)
+        return await self._until(request.request_id, ended)
 
-    def _start(self, request: GenerateRequest, reply_to: ReplyTo) -> asyncio.Future[None]:
+    async def attend(
+        self, request_id: str, reply_to: ReplyTo, adopt: Callable[[], Awaitable[None]]
+    ) -> Migrated | None:
+        """As `run`, for a request that has moved here: it goes on when `adopt` has returned."""
+        self._refuse_twice(request_id)
+        ended = self._sender.open(request_id, reply_to)
+        try:
+            await adopt()
+        except BaseException:
+            self._close(request_id, ended)
+            raise
+        return await self._until(request_id, ended)
+
+    def _refuse_twice(self, request_id: str) -> None:
+        if self._sender.is_open(request_id):
+            raise RequestError(f"a request with the id {request_id!r} is still open")
+
+    async def _until(self, request_id: str, ended: Ended) -> Migrated | None:
+        try:
+            return await ended
+        finally:
+            self._close(request_id, ended)
+
+    def _start(self, request: GenerateRequest, reply_to: ReplyTo) -> Ended:
         ended = self._sender.open(request.request_id, reply_to)
         try:
             self._submit(request)
@@ -86,19 +112,19 @@ class OpenRequests:
             self._sender.fail(request.request_id, error)
         return ended
 
-    def _close(self, request_id: str, ended: asyncio.Future[None]) -> None:
+    def _close(self, request_id: str, ended: Ended) -> None:
         has_ended = ended.done() and not ended.cancelled() and ended.exception() is None
         self._sender.close(request_id)
         if not has_ended:
             self._cancel(request_id)
 
-    def _has_ended(self, request_id: str, ended: asyncio.Future[None]) -> None:
+    def _has_ended(self, request_id: str, ended: Ended) -> None:
         if not ended.cancelled():
             ended.exception()  # looked at: asyncio complains of those that nobody did
         if self._early.get(request_id) is ended:
             self._sender.close(request_id)
             ended.get_loop().call_later(self._kept_s, self._forget, request_id, ended)
 
-    def _forget(self, request_id: str, ended: asyncio.Future[None]) -> None:
+    def _forget(self, request_id: str, ended: Ended) -> None:
         if self._early.get(request_id) is ended:
             del self._early[request_id]

@@ -38,6 +38,7 @@ def take_snapshot(
         prefix_queries=scheduler.prefix_queries,
         prefix_hits=scheduler.prefix_hits,
         num_parked=len(turns.parked),
+        num_parked_late=turns.num_parked_late if turns.parked else 0,
         num_parkings=parkings,
         num_deposited=num_deposited,
         expected_ttft_s=scheduler.queue_time.first_token_s(0),

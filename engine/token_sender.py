@@ -18,6 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from engine.errors import EngineDeadError
 from engine.messages import ReplyTo, TokenDelta
+from engine.migration import Migrated
 from engine.token_wire import SILENCE_S, encode, weight
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ class TokenSender:
         self._peers: dict[str, _Peer] = {}
         self._routes: dict[str, _Route] = {}
 
-    def open(self, request_id: str, reply_to: ReplyTo) -> asyncio.Future[None]:
-        """From now on the request's deltas go there. The result comes when the last one has been sent.
+    def open(self, request_id: str, reply_to: ReplyTo) -> asyncio.Future[Migrated | None]:
+        """From now on the request's deltas go there. The result comes when the last one has been sent: None,
+        or where the request goes on.
 
         The future raises EngineDeadError if the ingress is gone, and what `fail` was given.
         """
@@ -85,6 +87,19 @@ class TokenSender:
         if (route := self._routes.get(request_id)) is not None and not route.ended.done():
             route.ended.set_exception(error)
 
+    async def acknowledged(self, request_id: str) -> None:
+        """Return when its ingress has everything that was `put` of a request; at once if it is not open."""
+        if (route := self._routes.get(request_id)) is not None:
+            await route.peer.acknowledged(request_id)
+
+    def hand_over(self, request_id: str, migrated: Migrated) -> bool:
+        """Another engine sends the request's deltas from now on; False if nobody waits for them."""
+        route = self._routes.get(request_id)
+        if route is None or route.ended.done():
+            return False
+        route.ended.set_result(migrated)
+        return True
+
     def shut(self) -> None:
         """Close all connections; what has been handed to them still goes out, for two seconds."""
         for peer in self._peers.values():
@@ -109,7 +124,7 @@ class _Route:
 
     __slots__ = ("ended", "peer", "stream")
 
-    def __init__(self, peer: _Peer, stream: int, ended: asyncio.Future[None]) -> None:
+    def __init__(self, peer: _Peer, stream: int, ended: asyncio.Future[Migrated | None]) -> None:
         self.peer = peer
         self.stream = stream
         self.ended = ended
@@ -127,7 +142,8 @@ class _Peer:
         self._stall_s = stall_s
         self._lost = lost
         self._loop = asyncio.get_running_loop()
-        self._num_ahead = 0
+        self._num_ahead = self._num_sent = self._num_receipts = 0
+        self._receipt = asyncio.Event()
         self._newest_receipt_s = 0.0
         self._stall_timer: asyncio.TimerHandle | None = None
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
@@ -158,9 +174,21 @@ class _Peer:
                 self._newest_receipt_s = self._loop.time()
                 self._watch_stall(self._stall_s)
             self._num_ahead += 1
+            self._num_sent += 1
             for route, delta in batch:
                 if delta.finish_reason is not None and not route.ended.done():
                     route.ended.set_result(None)
+
+    async def acknowledged(self, request_id: str) -> None:
+        while request_id in self.pending:
+            await self._next_receipt()
+        num_sent = self._num_sent
+        while self._num_receipts < num_sent:
+            await self._next_receipt()
+
+    async def _next_receipt(self) -> None:
+        self._receipt.clear()
+        await self._receipt.wait()
 
     def shut(self) -> None:
         for task in self._tasks:
@@ -186,6 +214,8 @@ class _Peer:
         while True:
             await self._socket.recv_multipart()
             self._num_ahead -= 1
+            self._num_receipts += 1
+            self._receipt.set()
             self._newest_receipt_s = self._loop.time()
             self.flush()
 

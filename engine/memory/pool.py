@@ -28,8 +28,10 @@ from engine.memory.host_rows import HostRows
 from engine.memory.kv_cache import KvCache
 from engine.memory.kv_geometry import KvGeometry
 from engine.memory.kv_slots import KvSlots
+from engine.memory.kv_stream import KvTransport
 from engine.memory.layer_wise import LayerWise
 from engine.memory.parking import Parking
+from engine.memory.passages import Passages
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
 from engine.messages import MemorySnapshot
@@ -96,14 +98,21 @@ class MemoryPool:
         self.parking: Parking | None = None
         self.layer_wise: LayerWise | None = None
         self.host_prefixes: HostPrefixes | None = None
+        self.passages: Passages | None = None
 
-    def add_balloon(self, balloon: Balloon, copies: Copies) -> None:
-        """From now on sequences can be parked in host memory, and what they leave is kept there."""
+    def add_balloon(self, balloon: Balloon, copies: Copies, transport: KvTransport | None = None) -> None:
+        """From now on sequences can be parked in host memory, and what they leave is kept there.
+
+        Args:
+            transport: by which parked ones go to other engines, and come from there.
+        """
         host, back = HostRows(balloon, self.kv.geometry.num_groups), self._back_returning
         parts = self.kv, self._slots, self.chunks
         self.parking = parking = Parking(*parts, host, copies, self._room_to_return, back)
         self.layer_wise = LayerWise(*parts, parking)
         self.host_prefixes = HostPrefixes(*parts, parking, back)
+        if transport is not None:
+            self.passages = Passages(parking, transport, self.kv.geometry.tokens_per_chunk)
 
     @property
     def num_free_slots(self) -> int:
@@ -271,7 +280,8 @@ class MemoryPool:
         self.prefixes.check()
         if self.parking is not None and self.host_prefixes is not None:
             self.parking.check()
-            self.parking.host.check(self.parking.users() + self.host_prefixes.users())
+            users = self.parking.users() + self.host_prefixes.users()
+            self.parking.host.check(users + self.passages.users() if self.passages is not None else users)
         now = self.snapshot()
         if now.free + now.kv + now.cached + now.activation + now.guard + now.retiring != now.total:
             raise ConservationError(f"free + owned + retiring != total: {now}")

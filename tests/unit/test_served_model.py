@@ -19,16 +19,18 @@ from cluster.served_model import GroupsOfModel
 from cluster.token_inbox import TokenInbox
 from engine.errors import EngineDeadError, OverloadedError, RequestError
 from engine.messages import GenerateRequest, ReplyTo, TokenDelta
+from engine.migration import Migrated
 from engine.token_sender import TokenSender
 from tests.unit.ingress_fakes import byte_tokenizer
 
-Group = Callable[["Handle", GenerateRequest, ReplyTo], Awaitable[Refusal | None]]
+Answer = Refusal | Migrated | None
+Group = Callable[["Handle", GenerateRequest, ReplyTo], Awaitable[Answer]]
 REQUEST = GenerateRequest("r", (1, 2))
 DEAD = EngineDeadError("the engine's process ended")
 
 
 class Response:
-    def __init__(self, task: asyncio.Task[Refusal | None]) -> None:
+    def __init__(self, task: asyncio.Task[Answer]) -> None:
         self._task = task
 
     def __await__(self) -> Any:
@@ -52,15 +54,15 @@ class Handle:
     """The nth call goes to the nth group, the last one takes all further ones."""
 
     def __init__(self, *groups: Group) -> None:
-        self.calls: list[asyncio.Task[Refusal | None]] = []
+        self.calls: list[asyncio.Task[Answer]] = []
         self.handovers: list[Handover] = []
         self.sender = TokenSender(lambda _: None)
         self.is_up = True
+        self.followed: list[Migrated] = []
         self._groups = groups
 
-    def options(self, method_name: str) -> Handle:
-        assert method_name == "generate"
-        return self
+    def options(self, method_name: str) -> Handle | Attend:
+        return self if method_name == "generate" else Attend(self)
 
     def broadcast(self, method: str) -> Broadcast:
         return Broadcast(self.is_up)
@@ -69,9 +71,23 @@ class Handle:
         self.handovers.append(handover)
         reply_to = pickle.loads(pickle.dumps(handover))
         assert reply_to == handover._stream.reply_to
+        return self.call(request, reply_to)
+
+    def call(self, request: GenerateRequest, reply_to: ReplyTo) -> Response:
         group = self._groups[min(len(self.calls), len(self._groups) - 1)]
         self.calls.append(asyncio.ensure_future(group(self, request, reply_to)))
         return Response(self.calls[-1])
+
+
+class Attend:
+    """Calls of those to whom a request has moved: in the order of the groups, like all others."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def remote(self, moved: Migrated, request_id: str, reply_to: ReplyTo) -> Response:
+        self._handle.followed.append(moved)
+        return self._handle.call(GenerateRequest(request_id, (1,)), reply_to)
 
 
 def refuses(error: Exception, was_begun: bool = True) -> Group:
@@ -85,17 +101,19 @@ async def dies(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> R
     raise ActorDiedError()
 
 
-def answers(num_tokens: int, then: Refusal | None = None) -> Group:
+def answers(num_tokens: int, then: Answer = None, first: int = 0) -> Group:
     """So many tokens, and the end unless something else comes then."""
 
-    async def group(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Refusal | None:
+    async def group(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Answer:
         ended = handle.sender.open(request.request_id, reply_to)
-        for index in range(num_tokens):
-            is_last = then is None and index == num_tokens - 1
+        for index in range(first, first + num_tokens):
+            is_last = then is None and index == first + num_tokens - 1
             handle.sender.put([TokenDelta("r", (index,), finish_reason="length" if is_last else None)])
             await asyncio.sleep(0.02)
         if then is None:
             await ended
+        else:
+            await handle.sender.acknowledged(request.request_id)
         handle.sender.close(request.request_id)
         return then
 
@@ -171,6 +189,29 @@ def test_a_group_that_dies_after_a_token_ends_the_stream() -> None:
     with pytest.raises(EngineDeadError, match="process ended"):
         _ask(handle)
     assert len(handle.calls) == 1
+
+
+def test_a_request_that_moves_is_followed_and_its_stream_goes_on() -> None:
+    moves = [Migrated(f"m{at}", f"group{at}") for at in range(2)]
+    handle = Handle(answers(3, moves[0]), answers(2, moves[1], first=3), answers(4, first=5))
+    assert _ask(handle) == list(range(9))
+    assert handle.followed == moves
+    assert len(handle.calls) == 3
+
+
+@pytest.mark.parametrize("end", [refuses(DEAD), dies])
+def test_a_group_that_dies_with_a_request_that_moved_there_ends_the_stream(end: Group) -> None:
+    handle = Handle(answers(3, Migrated("m", "other")), end, answers(3))
+    with pytest.raises(EngineDeadError, match="ended"):
+        _ask(handle)
+    assert len(handle.calls) == 2
+
+
+def test_a_reader_that_leaves_cancels_where_the_request_is_now() -> None:
+    handle = Handle(answers(2, Migrated("m", "other")), answers(1000, first=2))
+    assert len(_ask(handle, leave_after=4)) >= 4
+    assert not handle.calls[0].cancelled()
+    assert handle.calls[1].cancelled()
 
 
 @pytest.mark.parametrize("error", [RequestError("wrong", "prompt"), OverloadedError("full", 7.0)])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cluster.token_inbox import TokenInbox, TokenStream
 from engine.errors import EngineDeadError
 from engine.messages import ReplyTo, TokenDelta, TokenLogprobs
+from engine.migration import Migrated
 from engine.token_sender import MESSAGES_AHEAD, TokenSender
 from engine.token_wire import add, decode, encode, to_delta
 from tests.cut_proxy import CutProxy
@@ -136,6 +137,30 @@ def test_a_slow_ingress_gets_fewer_larger_messages() -> None:
         ((stream, rest),) = await ingress.receive()
         assert stream == 1
         assert rest.token_ids == tuple(range(MESSAGES_AHEAD, 1000))
+        sender.shut()
+        ingress.socket.close(0)
+
+    _run(case)
+
+
+def test_a_request_goes_elsewhere_once_its_ingress_has_all_of_it() -> None:
+    async def case() -> None:
+        ingress, sender = Ingress(), TokenSender(lambda _: None)
+        ended = sender.open("r", ingress.reply_to(1))
+        for step in range(MESSAGES_AHEAD + 3):
+            sender.put([_delta("r", step)])
+        acknowledged = asyncio.create_task(sender.acknowledged("r"))
+        for _ in range(MESSAGES_AHEAD + 1):  # the last one has all that had piled up
+            await ingress.receive()
+            assert not acknowledged.done()
+            await ingress.acknowledge()
+        async with asyncio.timeout(20):
+            await acknowledged
+        moved = Migrated("m", "other")
+        assert sender.hand_over("r", moved)
+        assert await ended == moved
+        sender.close("r")
+        assert not sender.hand_over("r", moved)
         sender.shut()
         ingress.socket.close(0)
 
