@@ -270,10 +270,10 @@ def _orders(groups: Mapping[str, Outlook], state: State) -> tuple[dict[str, Orde
     for group_id, one in groups.items():
         size = int(one.levers.size.value) // one.facts.num_ranks
         order = state.orders.get(group_id)
-        levers = size, size, one.levers.retention.value, one.levers.weight.value
+        levers = size, size, one.levers.retention.value, one.levers.weight.value, None
         if order is None or order.levers != levers:
             revision += 1
-            order = Order(state.epoch, revision, *levers, reason=one.reason)
+            order = Order(state.epoch, revision, *levers[:4], one.reason, levers[4])
         orders[group_id] = order
     return orders, revision
 

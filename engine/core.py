@@ -49,7 +49,6 @@ from engine.step_times import StepWork
 
 logger = logging.getLogger(__name__)
 
-_ASK_AGAIN_STEPS = 256  # a few seconds: another process may have given device memory back
 _MAP_TRIES = 3
 
 
@@ -221,8 +220,7 @@ class Engine:
         """One turn: launch the next step, then read and commit those before it; False if idle."""
         started = self._clock()
         busy = self._apply_orders()
-        if self._num_steps % _ASK_AGAIN_STEPS == 0:
-            self._pool.chunks.ask_again()
+        self._pool.limit.begin_step()
         plan = self._schedule_and_reserve()
         if plan is not None:
             self._launch(plan)
@@ -303,9 +301,10 @@ class Engine:
                     self._fail(newest, "the device refused to map memory")
 
     def _is_stuck(self) -> bool:
-        """Whether somebody waits although nothing runs that could free memory for them."""
-        waits = bool(self._scheduler.unfinished()) and not self._in_flight
-        return waits and self._pool.chunks.num_retiring == 0 and not self._scheduler.turns.is_unsettled
+        """Whether somebody waits although nothing runs, and nobody else gives, what they need."""
+        if self._in_flight or self._pool.limit.lacks_its_own or not self._scheduler.unfinished():
+            return False
+        return self._pool.chunks.num_retiring == 0 and not self._scheduler.turns.is_unsettled
 
     def _launch(self, plan: StepPlan) -> None:
         """Start computing and sampling a reserved plan."""
@@ -380,7 +379,7 @@ class Engine:
     def _renew_snapshot(self) -> None:
         memory = self._pool.snapshot()
         self.snapshot = take_snapshot(
-            self.info.model_id,
+            self.info,
             self._scheduler,
             self._outside.describe(memory) if self._outside else memory,
             self._clock(),

@@ -18,7 +18,7 @@ import torch
 from engine.config import Mode
 from engine.errors import ConfigError, ConservationError, DriverError
 from engine.memory.ahead import MappingAhead
-from engine.memory.arena import ActivationArena, BufferSpec
+from engine.memory.arena import SMALLEST_PIECE, ActivationArena, BufferSpec
 from engine.memory.balloon import Balloon
 from engine.memory.blocks import Match, Opened, TokenChain, Tokens
 from engine.memory.chunks import ChunkPool
@@ -29,6 +29,7 @@ from engine.memory.kv_cache import KvCache
 from engine.memory.kv_geometry import KvGeometry
 from engine.memory.kv_slots import KvSlots
 from engine.memory.layer_wise import LayerWise
+from engine.memory.limit import PoolLimit
 from engine.memory.parking import Parking
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
@@ -78,6 +79,7 @@ class MemoryPool:
         self._step_chunks = 0
         self._steps: deque[tuple[int, int]] = deque([_ONE_TOKEN], maxlen=_USUAL_STEPS)
         self.chunks = ChunkPool(vm, total)
+        self.limit = PoolLimit(self.chunks, self._vacate, mode == "elastic")
         if mode != "elastic":
             self.chunks.create_all()
         self.arena = ActivationArena(self.chunks, specs, max_step_tokens, num_seqs, padded_sizes)
@@ -125,6 +127,11 @@ class MemoryPool:
         self.chunks.resize(num_bytes // self._vm.chunk_bytes)
         if self._mode != "elastic":
             self.chunks.create_all()
+
+    def chunks_for(self, num_tokens: int) -> int:
+        """Chunks that a sequence of that length needs to be computed, alone, to its end."""
+        activations = max(self._floor, self.arena.chunks_for(SMALLEST_PIECE, 1))
+        return 1 + activations + self.kv.geometry.chunks_for(num_tokens)  # one is the guard
 
     def room_for_kv(self, num_tokens: int, num_rows: int) -> int:
         """Chunks KV could gain beside a step of that size; negative if the step alone is too large."""
@@ -244,7 +251,7 @@ class MemoryPool:
         return MemorySnapshot(
             chunk_bytes=self._vm.chunk_bytes,
             total=chunks.total,
-            free=chunks.num_free,
+            free=chunks.num_unowned,
             kv=chunks.num_owned("kv") - self._slots.num_evictable,
             cached=self._slots.num_evictable,
             activation=chunks.num_owned("activation"),
@@ -260,6 +267,8 @@ class MemoryPool:
             copied_out_bytes=parking.copies.bytes_moved(Direction.OUT) if parking else 0,
             copied_in_bytes=parking.copies.bytes_moved(Direction.IN) if parking else 0,
             created=chunks.num_created,
+            limit=chunks.budget.configured if chunks.budget.limit is None else chunks.budget.limit,
+            configured=chunks.budget.configured,
             kv_tokens=sum(self._slots.num_tokens),
             driver_calls=self._vm.num_calls,
             driver_calls_beside=self._vm.num_calls_beside,
@@ -317,6 +326,12 @@ class MemoryPool:
         self._slots.evict(short)
         if self.parking is not None:
             self.parking.evict(num_chunks - self.chunks.num_free)
+
+    def _vacate(self) -> None:
+        """Let go of what no sequence needs, as far as more is held than may be."""
+        self._make_room(0, self._step_chunks)
+        if self.chunks.num_free < 0 and self.layer_wise is not None:
+            self.layer_wise.release()
 
     def _shrink_idle(self, num_chunks: int) -> int:
         return self._shrink_arena(num_chunks, self._step_chunks)
