@@ -261,6 +261,7 @@ class ControllerSection(Section):
     dead_band: Share = _POLICY.dead_band
     dwell_s: NonNegativeFloat = _POLICY.dwell_s
     device_dwell_s: NonNegativeFloat = _POLICY.device_dwell_s
+    device_half_life_s: PositiveFloat = _POLICY.device_half_life_s
     target: Share = _POLICY.target
     patience_s: NonNegativeFloat = _POLICY.patience_s
     least_weight: float = Field(default=_POLICY.least_weight, gt=0, le=1)

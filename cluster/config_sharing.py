@@ -33,8 +33,8 @@ def check_reserved(share: float | None, reserved_gpu: float | None, tensor_paral
         )
     if gpu and share is not None and share > gpu:
         raise ValueError(
-            f"memory.device_share is {share:g}, and placement_group_config.bundle_per_worker reserves {gpu:g} "
-            "of a GPU, so that others may be placed on the rest: reserve as much, or leave device_share out"
+            f"memory.device_share is {share:g}, and placement_group_config.bundle_per_worker reserves "
+            f"{gpu:g} of one, so that others may be placed on the rest: reserve as much, or leave it out"
         )
 
 
@@ -49,7 +49,8 @@ def check_cpu_parts(parts: Sequence[tuple[str, float]]) -> None:
     """
     total = sum(part for _, part in parts)
     if total > 1 + _ROUNDING:
+        names = ", ".join(name for name, _ in parts)
         raise ValueError(
-            f"llm_configs: memory.device_share of {', '.join(name for name, _ in parts)} adds up to {total:g} "
-            "with all replicas, and a device has 1"
+            f"llm_configs: memory.device_share of {names} adds up to {total:g} with all replicas, and a "
+            "device has 1"
         )

@@ -36,8 +36,8 @@ class PolicyConfig:
             take nobody's memory away.
         dead_band: share of an equal part; moves of less are not made.
         dwell_s: a lever does not go back within; several times what a slab takes to change hands (0.2 s).
-        device_dwell_s: the same of a pool's limit on a shared device, whose chunks change hands at 25 GiB/s.
-            Two or three looks: who was given memory has used it by then, or will not.
+        device_dwell_s, device_half_life_s: `dwell_s` and `need_half_life_s` of pools that share a device.
+            Their chunks change hands at 25 GiB/s: who was given memory has used it two or three looks later.
         target: share of promises to be kept. Below it a group counts as late.
         patience_s: lateness of next tokens that lasts so long is no burst, and beyond the engine's means.
         least_weight: admission weights do not go below; a group with less would hardly be heard of again.
@@ -57,6 +57,7 @@ class PolicyConfig:
     dead_band: float = 0.1
     dwell_s: float = 10.0
     device_dwell_s: float = 3.0
+    device_half_life_s: float = 2.0
     target: float = 0.95
     patience_s: float = 5.0
     least_weight: float = 0.25
@@ -69,8 +70,12 @@ class PolicyConfig:
         for name in ("reserve", "floor", "dead_band", "target", "least_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"controller.{name} must be between 0 and 1, not {getattr(self, name)}")
-        if self.least_weight == 0 or self.headroom < 1 or self.need_half_life_s <= 0:
-            raise ConfigError("controller: least_weight, headroom - 1 and need_half_life_s must be above 0")
+        if (
+            self.least_weight == 0
+            or self.headroom < 1
+            or min(self.need_half_life_s, self.device_half_life_s) <= 0
+        ):
+            raise ConfigError("controller: least_weight, headroom - 1 and half lives must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +183,11 @@ def _look_at(
 ) -> dict[str, Outlook]:
     """Every group as it is now, after what is remembered of it."""
     groups = {group_id: one for group_id, one in state.groups.items() if now - one.seen_s <= config.forget_s}
+    half_lives = config.need_half_life_s, config.device_half_life_s
     for report in reports:
         facts = facts_of(report)
         if facts is not None:
-            groups[facts.group_id] = look(facts, groups.get(facts.group_id), config.need_half_life_s, now)
+            groups[facts.group_id] = look(facts, groups.get(facts.group_id), half_lives, now)
     return groups
 
 

@@ -227,8 +227,12 @@ def _may(lever: Lever, value: float, now: float, dwell_s: float) -> bool:
     return value != lever.value and now - lever.moved_s >= dwell_s
 
 
-def look(facts: Facts, before: Outlook | None, half_life_s: float, now: float) -> Outlook:
-    """A group after its newest report."""
+def look(facts: Facts, before: Outlook | None, half_lives_s: tuple[float, float], now: float) -> Outlook:
+    """A group after its newest report.
+
+    Args:
+        half_lives_s: of what it needed of its host, and of its device.
+    """
     if before is None:
         before = Outlook(facts, Levers(Lever(facts.limit)), 0.0, now)
     passed_s = max(0.0, now - before.seen_s)
@@ -236,13 +240,13 @@ def look(facts: Facts, before: Outlook | None, half_life_s: float, now: float) -
     size = (facts.kv + facts.held) / num_there if num_there else 0.0
     size = size or before.sequence_bytes or facts.pool * _TYPICAL
     beyond_device = facts.num_open * size - _USABLE * facts.pool
-    fade = 0.5 ** (passed_s / half_life_s)
+    fade, pool_fade = (0.5 ** (passed_s / half_life_s) for half_life_s in half_lives_s)
     needed = max(facts.held, beyond_device, min(before.need, before.levers.size.value) * fade)
     return replace(
         before,
         facts=facts,
         need=needed,
-        pool_need=_pool_need(facts, before, size, fade),
+        pool_need=_pool_need(facts, before, size, pool_fade),
         seen_s=now,
         sequence_bytes=size,
         first=before.first.then(before.facts.first, facts.first, passed_s),
