@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.policy_facts import Facts, Lever, Levers, Outlook, facts_of, look
+from cluster.policy_facts import Facts, Levers, Outlook, facts_of, look
 from cluster.policy_memory import divide_devices, divide_hosts
 from cluster.policy_models import ModelState, judge_models
 from cluster.reports import GroupReport, Instruction
@@ -240,14 +240,14 @@ def _changes(group_id: str, before: Mapping[str, Outlook], now: Outlook) -> list
     was = before[group_id].levers
     pairs = (
         ("balloon", was.size, now.levers.size),
-        ("pool", was.pool if was.pool.value else Lever(now.facts.pool_limit), now.levers.pool),
+        ("pool", before[group_id].pool_lever, now.pool_lever),
         ("weight", was.weight, now.levers.weight),
         ("retention", was.retention, now.levers.retention),
     )
     return [
         Action(group_id, f"{name}_{'up' if new.value > old.value else 'down'}", now.why.get(name, ""))
         for name, old, new in pairs
-        if new.value not in (old.value, 0)
+        if new.value != old.value
     ]
 
 

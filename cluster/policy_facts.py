@@ -198,15 +198,20 @@ class Outlook:
         told = f"balloon: {verb} to {size / 2**30:.2f} GiB ({why}; it needs {self.need / 2**30:.2f})"
         return self._moved("balloon", replace(self.levers, size=self.levers.size.to(size, now)), told, why)
 
+    @property
+    def pool_lever(self) -> Lever:
+        """The limit of its pool; where nobody has moved it yet, as the engine has it."""
+        return self.levers.pool if self.levers.pool.value else Lever(self.facts.pool_limit)
+
     def with_pool(self, size: int, now: float, why: str) -> Outlook:
-        """The limit of its pool moved, or is known for the first time."""
-        if size == self.levers.pool.value:
-            return self
-        if not self.levers.pool.value and size == self.facts.pool_limit:
-            return replace(self, levers=replace(self.levers, pool=Lever(size)))
-        verb = "grow" if size > (self.levers.pool.value or self.facts.pool_limit) else "shrink"
+        """The limit of its pool moved, or is the controller's from now on."""
+        before = self.pool_lever
+        levers = replace(self.levers, pool=before.to(size, now))
+        if size == before.value:
+            return replace(self, levers=levers)
+        verb = "grow" if size > before.value else "shrink"
         told = f"pool: {verb} to {size / 2**30:.2f} GiB ({why}; it needs {self.pool_need / 2**30:.2f})"
-        return self._moved("pool", replace(self.levers, pool=self.levers.pool.to(size, now)), told, why)
+        return self._moved("pool", levers, told, why)
 
     def with_lever(
         self, name: Literal["weight", "retention"], value: float, now: float, dwell_s: float, why: str

@@ -123,17 +123,17 @@ def _divide_device(members: Groups, config: MemoryConfig, now: float) -> dict[st
     sizes = divide(claims, budget, floor, int(config.dead_band * budget / len(claims)))
     return {
         group_id: one.with_pool(
-            sizes[group_id], now, _why(sizes[group_id], _limit(one), one.pool_need * config.headroom)
+            sizes[group_id], now, _why(sizes[group_id], one.pool_lever.value, one.pool_need * config.headroom)
         )
         for group_id, one in members.items()
     }
 
 
 def _claim(group_id: str, one: Outlook, config: MemoryConfig, now: float, is_urgent: bool = False) -> Claim:
-    facts, lever = one.facts, one.levers.pool
+    facts, lever = one.facts, one.pool_lever
     return Claim(
         group_id,
-        _limit(one),
+        int(lever.value),
         max(facts.pool_held, facts.pool_limit),  # until a lower limit is obeyed, it may still be used up
         int(one.pool_need * config.headroom),
         facts.chunk,
@@ -142,10 +142,6 @@ def _claim(group_id: str, one: Outlook, config: MemoryConfig, now: float, is_urg
         min(facts.pool_floor, facts.pool_own),
         facts.pool_own,
     )
-
-
-def _limit(one: Outlook) -> int:
-    return int(one.levers.pool.value) or one.facts.pool_limit
 
 
 def _why(size: int, before: float, wanted: float) -> str:
