@@ -61,7 +61,7 @@ def test_settings_in_comments_are_valid_too(
     text, num_settings = re.subn(r"^( +)# (\w+: )", r"\1\2", path.read_text(), flags=re.MULTILINE)
     (tmp_path / "file.yaml").write_text(text)
     assert load(tmp_path / "file.yaml").applications
-    assert num_settings == {"one-node.yaml": 13, "cluster.yaml": 9}.get(path.name, 0)
+    assert num_settings == {"one-node.yaml": 13, "cluster.yaml": 9, "shared-gpu.yaml": 1}.get(path.name, 0)
 
 
 def test_defaults_are_the_engines_own() -> None:
