@@ -106,6 +106,7 @@ def _balloon_share(args: ServingArgs) -> float:
     the others have left.
     """
     gpus = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
+    gpus /= min(llm.device_share for llm in args.llm_configs)  # engines may share one
     most = sum(llm.most_ranks for llm in args.llm_configs)
     return min(_LARGEST_SHARE, 1 / max(1.0, min(most, gpus) if gpus else most))
 
@@ -144,7 +145,7 @@ def _group(
 
 
 def _rank_resources(llm: LLMConfig, device: Device) -> dict[str, float]:
-    resources = dict(_GPU_RANK if device == "cuda" else _CPU_RANK)
+    resources = dict(_GPU_RANK | {"GPU": llm.device_share} if device == "cuda" else _CPU_RANK)
     if llm.placement_group_config is not None:
         resources = dict(llm.placement_group_config.bundle_per_worker)
     if llm.accelerator_type is not None:

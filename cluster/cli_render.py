@@ -44,6 +44,7 @@ def pool_picture(snapshot: EngineSnapshot) -> RenderableType:
         f"{memory.total} chunks of {size(memory.chunk_bytes)}, {size(memory.created * memory.chunk_bytes)} "
         f"physical, {memory.kv_tokens} tokens of KV",
         _outside(memory),
+        _shared(snapshot),
         _balloon(snapshot),
         _order(snapshot),
         _hit_rate(snapshot),
@@ -63,6 +64,16 @@ def _outside(memory: MemorySnapshot) -> str:
     }
     held = [f"{label} {size(num_bytes)}" for label, num_bytes in parts.items() if num_bytes]
     return f"outside the pool: {', '.join(held)}" if held else ""
+
+
+def _shared(snapshot: EngineSnapshot) -> str:
+    """The part of a device that others use as well."""
+    memory = snapshot.memory
+    if not snapshot.shared_device:
+        return ""
+    limit, own = size(memory.limit * memory.chunk_bytes), size(memory.configured * memory.chunk_bytes)
+    held = size(memory.created * memory.chunk_bytes)
+    return f"shares {snapshot.shared_device}: pool up to {limit}, of its own {own}, {held} held"
 
 
 def _parked(snapshot: EngineSnapshot) -> str:
@@ -86,9 +97,10 @@ def _order(snapshot: EngineSnapshot) -> str:
     """What the controller has said last."""
     if (order := snapshot.order) is None:
         return ""
+    pool = "" if order.pool_bytes is None else f"pool up to {size(order.pool_bytes)}, "
     return (
         f"controller: {order.reason}, {snapshot.order_age_s:.0f} s ago (epoch {order.epoch}, revision "
-        f"{order.revision}); balloon up to {size(order.balloon_logical_bytes)}, admission weight "
+        f"{order.revision}); {pool}balloon up to {size(order.balloon_logical_bytes)}, admission weight "
         f"{order.admission_weight:g}"
     )
 
@@ -176,12 +188,17 @@ def file_summary(file: ServeFile) -> Table:
             table.add_row(
                 llm.model_id,
                 llm.model_source.replace(str(Path.home()), "~"),
-                llm.engine_kwargs.device,
+                _device(llm),
                 _groups(llm),
                 "measured" if pool is None else size(pool),
                 llm.memory.mode,
             )
     return table
+
+
+def _device(llm: LLMConfig) -> str:
+    share = llm.device_share
+    return llm.engine_kwargs.device if share == 1 else f"{share:g} of {llm.engine_kwargs.device}"
 
 
 def _groups(llm: LLMConfig) -> str:

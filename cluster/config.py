@@ -26,6 +26,7 @@ from pydantic import (
 
 from cluster.config_errors import explain
 from cluster.config_ingress import ENVIRONMENT, IngressSection
+from cluster.config_sharing import check_cpu_parts, check_reserved, device_share
 from cluster.config_source import ConfigSource, read
 from cluster.config_values import Bytes, Section, Source
 from cluster.policy import PolicyConfig
@@ -104,11 +105,14 @@ class EngineKwargs(Section):
 class MemorySection(Section):
     """`engine.config.MemoryConfig`; sizes may be written as `512MiB`.
 
-    `balloon_share` is by default an equal part for as many engines as may come to one node.
+    `device_share` is by default the `GPU` of `placement_group_config.bundle_per_worker`, where that is a
+    fraction, and the other way round. `balloon_share` is by default an equal part for as many engines as
+    may come to one node.
     """
 
     mode: Mode = _MEMORY.mode
     pool_bytes: Bytes | None = None
+    device_share: float | None = Field(default=None, gt=0, le=1)
     chunk_bytes: Bytes | None = None
     layers_per_group: PositiveInt | None = None
     margin_bytes: Bytes = _MEMORY.margin_bytes
@@ -200,12 +204,14 @@ class LLMConfig(Section):
         return self.model_loading_config.tokenizer_source or self.model_source
 
     @property
-    def least_groups(self) -> int:
-        """Copies that Serve starts whatever the load; of a model that may go down to none, one."""
-        options = self.deployment_config
-        if options.autoscaling_config is not None:
-            return max(1, options.autoscaling_config.min_replicas or 1)
-        return options.num_replicas if isinstance(options.num_replicas, int) else 1
+    def device_share(self) -> float:
+        """Part of a device that each engine starts with; less than 1 if it shares the device."""
+        return device_share(self.memory.device_share, self._reserved_gpu)
+
+    @property
+    def _reserved_gpu(self) -> float | None:
+        placement = self.placement_group_config
+        return None if placement is None else placement.bundle_per_worker.get("GPU", 0.0)
 
     @property
     def most_ranks(self) -> int:
@@ -227,6 +233,11 @@ class LLMConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _reserves_what_it_takes(self) -> Self:
+        check_reserved(self.memory.device_share, self._reserved_gpu, self.engine_kwargs.tensor_parallel_size)
+        return self
+
+    @model_validator(mode="after")
     def _engine_agrees(self) -> Self:
         try:
             to_engine_config(self, "cpu")
@@ -236,7 +247,8 @@ class LLMConfig(Section):
 
 
 class ControllerSection(Section):
-    """What divides each node's host memory among the balloons of its groups, and weighs groups.
+    """What divides each node's host memory among the balloons of its groups, and each shared device among the
+    pools on it, and weighs groups.
 
     `enabled: false` only looks, for the metrics: every balloon stays as it was made. `tick_s`: seconds
     between two looks at all groups. The others are `cluster.policy.PolicyConfig`'s.
@@ -251,6 +263,8 @@ class ControllerSection(Section):
     need_half_life_s: PositiveFloat = _POLICY.need_half_life_s
     dead_band: Share = _POLICY.dead_band
     dwell_s: NonNegativeFloat = _POLICY.dwell_s
+    device_dwell_s: NonNegativeFloat = _POLICY.device_dwell_s
+    device_half_life_s: PositiveFloat = _POLICY.device_half_life_s
     target: Share = _POLICY.target
     patience_s: NonNegativeFloat = _POLICY.patience_s
     least_weight: float = Field(default=_POLICY.least_weight, gt=0, le=1)
@@ -270,6 +284,14 @@ class ServingArgs(Section):
     llm_configs: tuple[LLMConfig, ...] = Field(min_length=1, strict=False)
     ingress: IngressSection = IngressSection()
     controller: ControllerSection = ControllerSection()
+
+    @model_validator(mode="after")
+    def _parts_of_a_cpu(self) -> Self:
+        on_cpu = [
+            llm for llm in self.llm_configs if llm.engine_kwargs.device == "cpu" and llm.device_share < 1
+        ]
+        check_cpu_parts([(llm.model_id, llm.device_share * llm.most_ranks) for llm in on_cpu])
+        return self
 
     @model_validator(mode="after")
     def _distinct_models(self) -> Self:
@@ -352,7 +374,7 @@ def to_engine_config(llm: LLMConfig, device: Device, balloon_share: float | None
     Args:
         balloon_share: of the host memory available at its start, for a balloon without a size.
     """
-    memory = llm.memory.model_dump()
+    memory = llm.memory.model_dump() | {"device_share": llm.device_share}
     memory["balloon_share"] = memory["balloon_share"] or balloon_share or _MEMORY.balloon_share
     kwargs = llm.engine_kwargs
     return EngineConfig(

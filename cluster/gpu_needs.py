@@ -60,7 +60,7 @@ def _needs(args: ServingArgs) -> Iterable[tuple[float, LLMConfig]]:
         placement = llm.placement_group_config
         rank = placement.bundle_per_worker.get("GPU", 0.0) if placement is not None else 1.0
         if rank:
-            for _ in range(llm.least_groups):
+            for _ in range(_least_groups(llm)):
                 yield rank * llm.engine_kwargs.tensor_parallel_size, llm
 
 
@@ -81,3 +81,11 @@ def _counted(model_ids: Sequence[str]) -> str:
         for model_id in dict.fromkeys(model_ids)
         if (count := model_ids.count(model_id))
     )
+
+
+def _least_groups(llm: LLMConfig) -> int:
+    """Copies that Serve starts whatever the load; of a model that may go down to none, one."""
+    options = llm.deployment_config
+    if options.autoscaling_config is not None:
+        return max(1, options.autoscaling_config.min_replicas or 1)
+    return options.num_replicas if isinstance(options.num_replicas, int) else 1

@@ -27,8 +27,9 @@ from cluster.scaling import WANTED
 from engine.config import EngineConfig
 from engine.control import OrderAnswer
 from engine.errors import BallonetError, EngineDeadError
-from engine.messages import Door, EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo
+from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo
 from engine.migration import Migrated, MigrationResult
+from engine.request_wire import EngineAddress
 
 _SHUTDOWN_S = 10.0
 _WATCH_S = 0.5  # between two looks at the ranks; a call that fails tells at once
@@ -90,7 +91,7 @@ class TpGroup:
         self._together = asyncio.create_task(self._end_together())
         try:
             self._info: EngineInfo = await self._engine.info.remote()
-            self._door: Door = await self._engine.door.remote()
+            self._door: EngineAddress = await self._engine.door.remote()
         except RayTaskError as error:
             self._ranks.kill()
             raise error.cause from None

@@ -96,6 +96,12 @@ REGISTRY: tuple[Metric, ...] = (
     ),
     Metric("ballonet_pool_created_bytes", "gauge", "bytes", "The pool's memory with physical backing."),
     Metric(
+        "ballonet_pool_limit_bytes",
+        "gauge",
+        "bytes",
+        "What the pool may come to: as configured, or by the controller's order where groups share a device.",
+    ),
+    Metric(
         "ballonet_driver_calls",
         "counter",
         "calls",
@@ -165,8 +171,8 @@ REGISTRY: tuple[Metric, ...] = (
         "ballonet_controller_decisions",
         "counter",
         "decisions",
-        "Levers that the controller moved: balloon, weight and retention, _up or _down, ask_for_replicas, "
-        "give_replicas_up and migrate; and why.",
+        "Levers that the controller moved: balloon, pool, weight and retention, _up or _down, "
+        "ask_for_replicas, give_replicas_up and migrate; and why.",
         ("action", "reason"),
     ),
     Metric(
@@ -181,6 +187,13 @@ REGISTRY: tuple[Metric, ...] = (
         "gauge",
         "bytes",
         "Host memory of a group's balloon: ordered, there, and needed by the controller's reckoning.",
+        ("model_name", "group", "state"),
+    ),
+    Metric(
+        "ballonet_controller_pool_bytes",
+        "gauge",
+        "bytes",
+        "A group's pool on a shared device: ordered, there, and needed by the controller's reckoning.",
         ("model_name", "group", "state"),
     ),
     Metric("ballonet_controller_wanted_replicas", "gauge", "groups", "Groups that a model should have."),
@@ -312,6 +325,7 @@ class GroupMetrics(Feeder):
             "kv_cache_usage_perc": memory.kv / memory.total if memory.total else 0.0,
             "kv_cache_tokens": memory.kv_tokens,
             "pool_created_bytes": memory.created * memory.chunk_bytes,
+            "pool_limit_bytes": memory.limit * memory.chunk_bytes,
             "engine_step_seconds": snapshot.last_step_s,
         }
         counters = {

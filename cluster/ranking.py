@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.messages import Door, EngineSnapshot
+from engine.messages import EngineSnapshot
+from engine.request_wire import EngineAddress
 
 STALE_S = 3.0  # six periods of the push: older facts say nothing about now
 CROWD_S = 0.02
@@ -117,7 +118,7 @@ def rank_groups(loads: Sequence[GroupLoad], ask: Ask, rng: random.Random) -> lis
     return fresh + stale
 
 
-def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float, door: Door) -> dict[str, Any]:
+def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float, door: EngineAddress) -> dict[str, Any]:
     """What a group pushes; the router reads it."""
     memory, order = snapshot.memory, snapshot.order
     # Of live sequences alone: cached prefixes are given up when a request needs their memory.
@@ -138,12 +139,12 @@ def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float, door: Door) -> di
     }
 
 
-def door_of(stats: Mapping[str, Any]) -> Door | None:
+def door_of(stats: Mapping[str, Any]) -> EngineAddress | None:
     """Where the group's engine takes requests; None while it has told nothing."""
     if (told := stats.get("door")) is None:
         return None
     address, secret = told
-    return Door(address, bytes.fromhex(secret))
+    return EngineAddress(address, bytes.fromhex(secret))
 
 
 def _capacity_tokens(snapshot: EngineSnapshot) -> float:

@@ -17,8 +17,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from cluster.token_inbox import TokenStream
 from engine.errors import EngineDeadError
-from engine.messages import Door, GenerateRequest, ReplyTo
-from engine.request_wire import encode_drop, encode_open
+from engine.messages import GenerateRequest, ReplyTo
+from engine.request_wire import EngineAddress, encode_drop, encode_open
 
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 2_000, 10_000  # a node that is lost sends no end of connection
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -28,9 +28,9 @@ class RequestCourier:
     """The sending end of an ingress process; for one event loop."""
 
     def __init__(self) -> None:
-        self._ways: dict[Door, _Way] = {}
+        self._ways: dict[EngineAddress, _Way] = {}
 
-    def hand_over(self, request: GenerateRequest, reply_to: ReplyTo, door: Door) -> _Way | None:
+    def hand_over(self, request: GenerateRequest, reply_to: ReplyTo, door: EngineAddress) -> _Way | None:
         """Have it begun there. None if it was not sent: that engine is not reached yet, or reads slowly."""
         way = self._ways.get(door)
         if way is None:
@@ -44,7 +44,7 @@ class RequestCourier:
         for way in list(self._ways.values()):
             way.end()
 
-    def _forget(self, door: Door) -> None:
+    def _forget(self, door: EngineAddress) -> None:
         self._ways.pop(door, None)
 
 
@@ -56,7 +56,7 @@ class _Way:
         on_loss: what to do when it is lost, by request.
     """
 
-    def __init__(self, door: Door, forget: Callable[[Door], None]) -> None:
+    def __init__(self, door: EngineAddress, forget: Callable[[EngineAddress], None]) -> None:
         self.door = door
         self.is_up = False
         self.on_loss: dict[str, Callable[[], None]] = {}
@@ -138,7 +138,7 @@ class Handover:
         reply_to = self._stream.reply_to
         return ReplyTo, (reply_to.address, reply_to.secret, reply_to.stream)
 
-    def send_to(self, door: Door) -> None:
+    def send_to(self, door: EngineAddress) -> None:
         """The group behind that door gets the call."""
         self._call(self._send_to, door)
 
@@ -164,7 +164,7 @@ class Handover:
         else:
             self._loop.call_soon_threadsafe(method, *arguments)
 
-    def _send_to(self, door: Door) -> None:
+    def _send_to(self, door: EngineAddress) -> None:
         if self._is_closed or self._way is not None:
             return
         reply_to = self._stream.another()

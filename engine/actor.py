@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import EngineConfig
 from engine.control import HostSnapshot, Order, OrderAnswer
 from engine.errors import BallonetError, EngineDeadError
-from engine.messages import Door, EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
+from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
 from engine.migration import (
     Accepted,
     Declined,
@@ -31,6 +31,7 @@ from engine.migration import (
 from engine.migrator import Migrator
 from engine.open_requests import OpenRequests
 from engine.request_door import RequestDoor
+from engine.request_wire import EngineAddress
 from engine.token_sender import TokenSender
 from engine.tp.place import RankPlace
 
@@ -99,7 +100,7 @@ class EngineActor:
         self._loop = asyncio.get_running_loop()
         return await self._requests.run(request, reply_to)
 
-    async def door(self) -> Door:
+    async def door(self) -> EngineAddress:
         """Where the engine takes requests past Ray, once it is loaded.
 
         Raises:

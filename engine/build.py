@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig, MemoryConfig, SchedulerConfig
 from engine.core import Engine
-from engine.device import free_bytes, make_driver, make_link
+from engine.device import free_bytes, make_driver, make_link, pool_room, shared_name, wait_for_shared
 from engine.footprint import Footprint
 from engine.memory.balloon import Balloon
 from engine.memory.blocks import TokenChain
@@ -67,6 +67,7 @@ def build_engine(
     leader = None if place is None else Leader(place)
     facts = read_model(config)
     footprint = Footprint(facts.device, None if leader is None else leader.release_unused)
+    wait_for_shared(facts.device, config.memory, clock)
     share = load_share(config, facts, place, group_class)
     sampler = Sampler(
         facts.config.vocab_size, facts.config.eos_token_ids, facts.device, limits.max_num_seqs, facts.kernels
@@ -158,7 +159,7 @@ def _settle_budget(
         free = free_bytes(device)
         if leader is not None:
             free = min(free, leader.free_bytes())
-        pool.resize(pool.created_bytes + free - memory.margin_bytes)
+        pool.resize(pool_room(device, memory, free, pool.created_bytes))
 
 
 def _runner(
@@ -193,6 +194,7 @@ def _describe(
         tokens_per_chunk=geometry.tokens_per_chunk,
         layers_per_group=geometry.layers_per_group,
         load_s=load_s,
+        shared_device=shared_name(facts.device, config.memory),
     )
 
 

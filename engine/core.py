@@ -50,7 +50,6 @@ from engine.step_times import StepWork
 
 logger = logging.getLogger(__name__)
 
-_ASK_AGAIN_STEPS = 256  # a few seconds: another process may have given device memory back
 _MAP_TRIES = 3
 
 
@@ -224,8 +223,7 @@ class Engine:
         """One turn: launch the next step, then read and commit those before it; False if idle."""
         started = self._clock()
         busy = self._apply_orders()
-        if self._num_steps % _ASK_AGAIN_STEPS == 0:
-            self._pool.chunks.ask_again()
+        self._pool.limit.begin_step()
         plan = self._schedule_and_reserve()
         if plan is not None:
             self._launch(plan)
@@ -306,9 +304,11 @@ class Engine:
                     self._fail(newest, "the device refused to map memory")
 
     def _is_stuck(self) -> bool:
-        """Whether somebody waits although nothing runs that could free memory for them."""
-        waits = bool(self._scheduler.unfinished()) and not self._in_flight and not self.migrations.num_leaving
-        return waits and self._pool.chunks.num_retiring == 0 and not self._scheduler.turns.is_unsettled
+        """Whether somebody waits although nothing runs, and nobody else gives, what they need."""
+        if self._in_flight or self.migrations.num_leaving or self._pool.limit.lacks_its_own:
+            return False
+        waits = bool(self._scheduler.unfinished()) and self._pool.chunks.num_retiring == 0
+        return waits and not self._scheduler.turns.is_unsettled
 
     def _launch(self, plan: StepPlan) -> None:
         """Start computing and sampling a reserved plan."""
@@ -385,9 +385,7 @@ class Engine:
         if self._outside is not None:
             memory = self._outside.describe(memory)
         steps, held = (self._num_steps, self._last_step_s), self._outlet.num_deposited
-        self.snapshot = take_snapshot(
-            self.info.model_id, scheduler, memory, self._clock(), *steps, held, self._orders
-        )
+        self.snapshot = take_snapshot(self.info, scheduler, memory, self._clock(), *steps, held, self._orders)
 
 
 def _failed(request_id: str, message: str) -> TokenDelta:

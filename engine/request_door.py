@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import zmq
 import zmq.asyncio
 
-from engine.messages import Door
 from engine.open_requests import OpenRequests
-from engine.request_wire import DROP, OPEN, decode_open
+from engine.request_wire import DROP, OPEN, EngineAddress, decode_open
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class RequestDoor:
         self._socket.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
         self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.door = Door(address, secrets.token_bytes(16))
+        self.door = EngineAddress(address, secrets.token_bytes(16))
         self._task = asyncio.get_running_loop().create_task(self._receive())
 
     def close(self) -> None:

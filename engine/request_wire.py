@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import orjson
@@ -21,6 +21,19 @@ OPEN, DROP = b"open", b"drop"
 _NUMBERS = "I"
 _FACTS = [one.name for one in fields(GenerateRequest) if one.name not in ("prompt_token_ids", "sampling")]
 _SAMPLING = [one.name for one in fields(SamplingParams)]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """Where an engine takes requests past Ray (`engine.request_door`).
+
+    Attributes:
+        address: ZMQ endpoint that the engine's process listens on.
+        secret: what that process believes an ingress by; drawn anew by each process.
+    """
+
+    address: str
+    secret: bytes = field(repr=False)
 
 
 def encode_open(secret: bytes, request: GenerateRequest, reply_to: ReplyTo) -> tuple[bytes, ...]:

@@ -319,6 +319,7 @@ class Bench:
         copies: Copies | None = None,
         balloon: Balloon | None = None,
         transport: KvTransport | None = None,
+        shared_device: str = "",
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         memory = memory or MemoryConfig()
@@ -341,8 +342,10 @@ class Bench:
         if balloon_chunks or balloon:
             self.balloon = balloon or Balloon(PlainSlabs(), CHUNK_BYTES, balloon_chunks, balloon_chunks)
             self.pool.add_balloon(self.balloon, copies or ThreadCopies(CHUNK_BYTES), transport)
-        info = EngineInfo("pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0)
-        clock = FakeClock()
+        info = EngineInfo(
+            "pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0, shared_device
+        )
+        self.clock = clock = FakeClock()
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids, clock)
         self.runner = runner(self.pool, self._tokens_of)
         self.sampler = sampler(self.runner)

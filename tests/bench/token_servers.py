@@ -25,7 +25,6 @@ from cluster import app as ours
 from cluster.config import ServingArgs, validate
 from engine.config import EngineConfig
 from engine.messages import (
-    Door,
     EngineInfo,
     EngineSnapshot,
     GenerateRequest,
@@ -35,6 +34,7 @@ from engine.messages import (
 )
 from engine.open_requests import OpenRequests
 from engine.request_door import RequestDoor
+from engine.request_wire import EngineAddress
 from engine.token_sender import TokenSender
 
 MODEL, VOCAB = "bench", 200
@@ -56,7 +56,7 @@ class GeneratedEngine:
     async def info(self) -> EngineInfo:
         return EngineInfo(MODEL, "cpu", "float32", 1 << 16, VOCAB, (0,), 1 << 20, 1 << 20, 16, 1, 0.0)
 
-    async def door(self) -> Door:
+    async def door(self) -> EngineAddress:
         self._door = RequestDoor(ray.util.get_node_ip_address(), self._requests)
         return self._door.door
 

@@ -24,7 +24,6 @@ from engine.config import EngineConfig
 from engine.control import Order, OrderAnswer
 from engine.errors import EngineDeadError, ModelLoadError, OverloadedError, RequestError
 from engine.messages import (
-    Door,
     EngineInfo,
     EngineSnapshot,
     GenerateRequest,
@@ -34,6 +33,7 @@ from engine.messages import (
 )
 from engine.open_requests import OpenRequests
 from engine.request_door import RequestDoor
+from engine.request_wire import EngineAddress
 from engine.token_sender import TokenSender
 from tests.cut_proxy import CutProxy
 
@@ -83,7 +83,7 @@ class FakeEngine:
             load_s=0.1,
         )
 
-    async def door(self) -> Door:
+    async def door(self) -> EngineAddress:
         self._door = RequestDoor(ray.util.get_node_ip_address(), self._requests)
         return self._door.door
 

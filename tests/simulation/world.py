@@ -18,6 +18,7 @@ from engine.memory.balloon import Balloon
 from engine.memory.kv_geometry import KvGeometry
 from engine.memory.layer_wise import Offload
 from engine.memory.pool import MemoryPool
+from engine.memory.vmm import VirtualMemory
 from engine.messages import EngineInfo, GenerateRequest, SamplingParams, StepPlan
 from engine.model.sampler import Sampled, SampleRow
 from engine.scheduler import Scheduler
@@ -25,7 +26,7 @@ from engine.simulated import NullSlabs, NullVirtualMemory, SimulatedCopies, Simu
 from tests.bench.in_process import EngineStepper
 
 GIB = 1 << 30
-_CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 2 << 20
 _NUM_LAYERS = 32
 _STEPS_AHEAD = 1  # as on a GPU
 _PIN_S = 0.67  # a GiB (DESIGN.md 8)
@@ -65,14 +66,33 @@ class Device:
 H100_8B = Device(6.6e-3, 16.1e9 / 600e12, 131072 / 2.95e12, 524288 / 550e12, 50 * GIB)
 
 
+class Gpu:
+    """What computes one step after another, of one engine or of several.
+
+    Attributes:
+        idle_at: when the steps launched so far have ended.
+    """
+
+    def __init__(self) -> None:
+        self.idle_at = 0.0
+
+
 class _Device:
     """Implements `Runner` and `TokenSampler`: computes one step after another, and says token 1."""
 
-    def __init__(self, device: Device, clock: VirtualClock) -> None:
+    def __init__(self, device: Device, clock: VirtualClock, gpu: Gpu) -> None:
         self._device = device
         self._clock = clock
-        self.idle_at = 0.0
+        self._gpu = gpu
         self.num_steps = 0
+
+    @property
+    def idle_at(self) -> float:
+        return self._gpu.idle_at
+
+    @idle_at.setter
+    def idle_at(self, at: float) -> None:
+        self._gpu.idle_at = at
 
     def run(self, plan: StepPlan, offload: Offload | None = None) -> torch.Tensor:
         self.idle_at = max(self.idle_at, self._clock())
@@ -129,6 +149,8 @@ class SimulatedEngine(EngineStepper):
         pool_gib: device memory for KV and activations.
         balloon_gib: host memory; 0 is none.
         slab_gib: it grows and shrinks by; None is there at once, for good.
+        gpu: that it shares with other engines; None is one of its own.
+        vm: the driver; None makes as many chunks as are asked for.
         scheduler, slo, memory: of the engine.
         priority_of: a request's priority, by its id.
     """
@@ -144,17 +166,19 @@ class SimulatedEngine(EngineStepper):
         device: Device = H100_8B,
         priority_of: Callable[[str], int] = lambda request_id: 0,
         slab_gib: float | None = None,
+        gpu: Gpu | None = None,
+        vm: VirtualMemory | None = None,
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192)
         memory = memory or MemoryConfig(enable_prefix_caching=False)
         config = EngineConfig(ModelSource("simulated", "nowhere"), memory, scheduler, slo=slo or SloConfig())
         self.clock = VirtualClock()
         super().__init__(self.clock)
-        self.device = _Device(device, self.clock)
-        geometry = KvGeometry.choose(_NUM_LAYERS, 8, 128, 2, _CHUNK_BYTES, None, 128)
-        total = int(pool_gib * GIB) // _CHUNK_BYTES
+        self.device = _Device(device, self.clock, gpu or Gpu())
+        geometry = KvGeometry.choose(_NUM_LAYERS, 8, 128, 2, CHUNK_BYTES, None, 128)
+        total = int(pool_gib * GIB) // CHUNK_BYTES
         self.pool = MemoryPool(
-            NullVirtualMemory(_CHUNK_BYTES),
+            vm or NullVirtualMemory(CHUNK_BYTES),
             total,
             memory.mode,
             geometry,
@@ -167,11 +191,24 @@ class SimulatedEngine(EngineStepper):
             caches_prefixes=memory.enable_prefix_caching,
         )
         self.copies = SimulatedCopies(
-            _CHUNK_BYTES, self.clock, device.link_bytes_s, lambda: self.device.idle_at, self.device.hold
+            CHUNK_BYTES, self.clock, device.link_bytes_s, lambda: self.device.idle_at, self.device.hold
         )
         if balloon_gib:
             self.pool.add_balloon(_balloon(balloon_gib, slab_gib, self.clock), self.copies)
-        info = EngineInfo("simulated", "none", "bfloat16", max_model_len, 1 << 20, (0,), 0, 0, 0, 0, 0.0)
+        info = EngineInfo(
+            "simulated",
+            "none",
+            "bfloat16",
+            max_model_len,
+            1 << 20,
+            (0,),
+            0,
+            0,
+            0,
+            0,
+            0.0,
+            "GPU-0" if gpu else "",
+        )
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, (0,), self.clock)
         self.engine = Engine(
             config,
@@ -194,14 +231,14 @@ class SimulatedEngine(EngineStepper):
 
 def _balloon(gib: float, slab_gib: float | None, clock: VirtualClock) -> Balloon:
     """Host memory. Without slabs it is there at once, so that a run does not depend on a thread's pace."""
-    chunks, room = int(gib * GIB) // _CHUNK_BYTES, 1 << 60
+    chunks, room = int(gib * GIB) // CHUNK_BYTES, 1 << 60
     if slab_gib is not None:
-        slab = int(slab_gib * GIB) // _CHUNK_BYTES
+        slab = int(slab_gib * GIB) // CHUNK_BYTES
         worker = SimulatedWorker(clock, _PIN_S * slab_gib)
         return Balloon(
-            NullSlabs(), _CHUNK_BYTES, chunks, slab, lambda: room, clock, is_filled=True, worker=worker
+            NullSlabs(), CHUNK_BYTES, chunks, slab, lambda: room, clock, is_filled=True, worker=worker
         )
-    balloon = Balloon(NullSlabs(), _CHUNK_BYTES, chunks, chunks, host_room=lambda: room)
+    balloon = Balloon(NullSlabs(), CHUNK_BYTES, chunks, chunks, host_room=lambda: room)
     balloon.grow_ahead()
     while balloon.num_physical < chunks:
         balloon.grow_ahead()

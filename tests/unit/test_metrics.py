@@ -18,6 +18,7 @@ from cluster.metrics import (
 )
 from cluster.policy import Action, PolicyConfig, State, decide
 from cluster.reports import GroupReport
+from engine.control import HostSnapshot
 from engine.migration import MigrationResult
 from tests.unit.samples import MEMORY, RecordingBackend, snapshot
 
@@ -39,7 +40,8 @@ def _drive(backend: RecordingBackend) -> None:
     controller.failed("a")
     controller.ticked(0.01)
     controller.ordered("a", "applied")
-    reports = [GroupReport("g", "a", 1, 2.0, snapshot("a"))]
+    shared = replace(snapshot("a"), host=HostSnapshot("node", 1 << 40, 1 << 40), shared_device="GPU-0")
+    reports = [GroupReport(name, "a", 1, 2.0, shared) for name in ("g", "h")]
     decision, state = decide(reports, State(1), PolicyConfig(), 0.0)
     controller.decided(replace(decision, actions=(Action("g", "balloon_up", "need"),)), state, 0.001)
 

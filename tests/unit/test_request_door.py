@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from cluster.request_courier import Handover, RequestCourier
 from cluster.token_inbox import TokenInbox, TokenStream
 from engine.errors import EngineDeadError, OverloadedError, RequestError
-from engine.messages import Door, GenerateRequest, ReplyTo, SamplingParams, TokenDelta
+from engine.messages import GenerateRequest, ReplyTo, SamplingParams, TokenDelta
 from engine.open_requests import OpenRequests
 from engine.request_door import RequestDoor
-from engine.request_wire import OPEN, decode_open, encode_open
+from engine.request_wire import OPEN, EngineAddress, decode_open, encode_open
 from engine.token_sender import TokenSender
 
 REQUEST = GenerateRequest("r", (1, 2, 3))
@@ -50,7 +50,7 @@ class Process:
         self.listening = RequestDoor("127.0.0.1", self.requests)
 
     @property
-    def door(self) -> Door:
+    def door(self) -> EngineAddress:
         return self.listening.door
 
     def _submit(self, request: GenerateRequest) -> None:

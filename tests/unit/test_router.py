@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.prefix_record import BLOCK_TOKENS, PrefixRecord, chain_of, home_of, key_of
 from cluster.ranking import CROWD_S, STALE_S, Ask, GroupLoad, cost_s, door_of, rank_groups, routing_stats
-from engine.messages import Door
+from engine.request_wire import EngineAddress
 from tests.unit.samples import snapshot
 
 LOADS = st.lists(
@@ -151,7 +151,7 @@ def test_a_stale_group_among_fresh_ones_gets_requests_only_while_it_has_fewer() 
 
 
 def test_what_a_group_pushes() -> None:
-    door = Door("tcp://10.0.0.1:7000", b"secret")
+    door = EngineAddress("tcp://10.0.0.1:7000", b"secret")
     stats = routing_stats(snapshot("a"), 2.0, door)
     assert door_of(stats) == door
     assert door_of({}) is None

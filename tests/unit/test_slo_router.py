@@ -19,7 +19,8 @@ from ray.serve.request_router import PendingRequest
 
 from cluster.request_courier import Handover
 from cluster.router import CHOSEN_S, SloRouter
-from engine.messages import Door, GenerateRequest
+from engine.messages import GenerateRequest
+from engine.request_wire import EngineAddress
 
 DEPLOYMENT = DeploymentID("group", "app")
 
@@ -247,9 +248,9 @@ class RecordingHandover(Handover):
     """Notes what the router tells it."""
 
     def __init__(self) -> None:
-        self.told: list[Door | str] = []
+        self.told: list[EngineAddress | str] = []
 
-    def send_to(self, door: Door) -> None:
+    def send_to(self, door: EngineAddress) -> None:
         self.told.append(door)
 
     def recall(self) -> None:
@@ -258,7 +259,7 @@ class RecordingHandover(Handover):
 
 def test_a_request_is_told_which_group_it_gets_and_when_that_has_refused() -> None:
     async def scenario(cluster: Cluster) -> None:
-        doors = [Door(f"tcp://127.0.0.1:{port}", b"secret") for port in (1, 2)]
+        doors = [EngineAddress(f"tcp://127.0.0.1:{port}", b"secret") for port in (1, 2)]
         for group, door in zip(cluster.groups, doors, strict=True):
             group.routing_stats["door"] = (door.address, door.secret.hex())
         cluster.router.update_replicas(cluster.groups)  # type: ignore[arg-type]
