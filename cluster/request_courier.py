@@ -146,12 +146,13 @@ class Handover:
         """The group that was to get the call has refused it; another will be chosen."""
         self._call(self._recall)
 
-    def close(self) -> None:
-        """Nobody reads any more."""
+    def close(self, has_ended: bool = False) -> None:
+        """Nobody reads any more, whether or not the request has ended."""
         self._is_closed = True
         if self._way is not None:
             self._way.on_loss.pop(self._request.request_id, None)
-            self._way.drop(self._request.request_id)
+            if not has_ended:
+                self._way.drop(self._request.request_id)
             self._way = None
 
     def _call(self, method: Callable[..., None], *arguments: object) -> None:

@@ -274,12 +274,33 @@ def test_what_its_client_has_read_of_stays_where_it_is() -> None:
         first.say(8)
         assert await client.read() == (8,)
         assert client.num_kept == 1
+        assert len(client.courier._ways[first.door].on_loss) == 1
         assert first.requests.num_unclaimed == 1  # what a group that leaves waits for
         call.cancel()
         first.close()
         with pytest.raises(EngineDeadError):  # nobody else would tell
             await client.read()
         client.close(second)
+
+    _run(case)
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_what_stayed_is_forgotten_at_its_end(has_ended: bool) -> None:
+    async def case() -> None:
+        process = Process()
+        client = await Client().knows(process)
+        client.handover.send_to(process.door)
+        await _eventually(lambda: process.submitted == ["r"])
+        process.say(7, finish=has_ended)
+        await client.read()
+        client.handover.recall()
+        client.handover.close(has_ended)
+        assert client.courier._ways[process.door].on_loss == {}
+        if not has_ended:
+            await _eventually(lambda: process.cancelled == ["r"])
+        client.close(process)
+        assert process.cancelled == ([] if has_ended else ["r"])
 
     _run(case)
 
