@@ -169,9 +169,7 @@ class _Peer:
         while self.pending and self._num_ahead < MESSAGES_AHEAD:
             batch = self._take()
             message = encode([(route.stream, delta) for route, delta in batch])
-            sent = asyncio.ensure_future(self._socket.send_multipart((self._secret, message), zmq.NOBLOCK))
-            if not sent.done():  # the connection is lost, which `_watch_connection` will hear in a moment
-                sent.add_done_callback(lambda late: late.cancelled() or late.exception())
+            self._socket.send_multipart((self._secret, message), zmq.NOBLOCK)
             if self._num_ahead == 0:
                 self._newest_receipt_s = self._loop.time()
                 self._watch_stall(self._stall_s)
