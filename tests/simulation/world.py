@@ -195,20 +195,9 @@ class SimulatedEngine(EngineStepper):
         )
         if balloon_gib:
             self.pool.add_balloon(_balloon(balloon_gib, slab_gib, self.clock), self.copies)
-        info = EngineInfo(
-            "simulated",
-            "none",
-            "bfloat16",
-            max_model_len,
-            1 << 20,
-            (0,),
-            0,
-            0,
-            0,
-            0,
-            0.0,
-            "GPU-0" if gpu else "",
-        )
+        shared = "GPU-0" if gpu else ""
+        facts = "simulated", "none", "bfloat16", max_model_len, 1 << 20, (0,)
+        info = EngineInfo(*facts, 0, 0, 0, 0, 0.0, shared)
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, (0,), self.clock)
         self.engine = Engine(
             config,
