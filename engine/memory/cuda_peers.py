@@ -13,7 +13,7 @@ HANDLE_BYTES = 64
 
 
 class PeerMemory:
-    """A zeroed range of this process' GPU, and the ranges of others. All last as long as the process.
+    """A range of this process' GPU, and the ranges of others. All last as long as the process.
 
     Args:
         device: its context is current in the calling thread.
@@ -33,7 +33,6 @@ class PeerMemory:
         pointer = driver_call(driver.cuMemAlloc, nbytes)
         self.address = int(pointer)
         self.handle: bytes = bytes(driver_call(driver.cuIpcGetMemHandle, pointer).reserved)
-        self.view().zero_()
 
     def view(self) -> torch.Tensor:
         """The range as bytes."""

@@ -152,7 +152,7 @@ class Decoder:
         hidden, residual, sums = views.hidden, views.residual, self._summing.of(views.hidden.shape[0])
         if batch.num_decodes:
             self._kernels.decode_plan(kv_layers[0], batch.decode_context_lens, views.workspace)
-        self._embed(batch.input_ids, sums.room(Place.EMBEDDING, hidden, residual))
+        self._embed(batch.input_ids, residual)
         sums.add(Place.EMBEDDING, hidden, residual, self._first_norm)
         stack = zip(self._weights.layers, kv_layers, self._next_norms, strict=True)
         for number, (layer, kv, next_norm) in enumerate(stack):
@@ -161,11 +161,11 @@ class Decoder:
             self._attend(layer, batch, kv, views)
             if hook is not None:
                 hook.after(number)
-            layer.output(views.attention, sums.room(Place.ATTENTION, hidden, residual))
+            layer.output(views.attention, hidden)
             sums.add(Place.ATTENTION, hidden, residual, layer.mlp_norm)
             layer.gate_up(hidden, views.gate_up)
             self._kernels.silu_and_mul(views.gate_up, out=views.activated)
-            layer.down(views.activated, sums.room(Place.MLP, hidden, residual))
+            layer.down(views.activated, hidden)
             sums.add(Place.MLP, hidden, residual, next_norm)
         sampled = hidden
         if batch.sample_indices is not None:

@@ -1,7 +1,7 @@
 """How the residual stream takes in what half a layer computed, of which each rank of a TP group has a part.
 
-Three ways of one meaning: one rank's product is the sum; few rows are summed by a kernel that reads the other
-ranks' memory; more, and where GPUs do not reach one another, by the collectives.
+Three ways of one meaning: one rank's product is the sum; few rows are summed by a kernel that writes into the
+other ranks' memory; more, and where GPUs do not reach one another, by the collectives.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ class Place(IntEnum):
 
 
 class Sums(Protocol):
-    """A way to sum. `hidden` and `residual`: (tokens, width)."""
-
-    def room(self, place: Place, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Where this rank's part of the next sum has to be written: (tokens, width)."""
+    """A way to sum."""
 
     def add(self, place: Place, hidden: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> None:
-        """Add the parts to the residual, and norm that into `hidden`. Embeddings become the residual."""
+        """Add the parts to the residual, and norm that into `hidden`.
+
+        Args:
+            hidden: (tokens, width), this rank's part. That of embeddings is in `residual` instead.
+            residual: (tokens, width).
+            norm: (width,).
+        """
 
 
 class OneRank:
@@ -42,10 +45,6 @@ class OneRank:
     def __init__(self, kernels: Kernels, eps: float) -> None:
         self._kernels = kernels
         self._eps = eps
-
-    def room(self, place: Place, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """See `Sums`."""
-        return residual if place is Place.EMBEDDING else hidden
 
     def add(self, place: Place, hidden: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> None:
         """See `Sums`."""
@@ -64,24 +63,22 @@ class Collective(OneRank):
 
     def add(self, place: Place, hidden: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> None:
         """See `Sums`."""
-        self._ranks.sum(self.room(place, hidden, residual))
+        self._ranks.sum(residual if place is Place.EMBEDDING else hidden)
         super().add(place, hidden, residual, norm)
 
 
 class ThroughPeers:
-    """By reading the other ranks' memory, where each has written its part."""
+    """By writing the part into the other ranks' memory."""
 
     def __init__(self, peers: Peers, eps: float) -> None:
         self._peers = peers
         self._eps = eps
 
-    def room(self, place: Place, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """See `Sums`."""
-        return self._peers.room(place, hidden.shape[0])
-
     def add(self, place: Place, hidden: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> None:
         """See `Sums`."""
-        self._peers.add(place, hidden, residual, norm, self._eps, place is not Place.EMBEDDING)
+        is_first = place is Place.EMBEDDING
+        part = residual if is_first else hidden
+        self._peers.add(place, part, residual, norm, self._eps, hidden, has_residual=not is_first)
 
 
 class Summing:

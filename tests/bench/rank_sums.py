@@ -1,7 +1,7 @@
-"""A sum over the ranks with the residual's addition and the norm after it: by reading one another's memory,
-and by NCCL with our norm kernel behind it. Both in CUDA graphs, as in a step; microseconds of one sum.
+"""A sum over the ranks with the residual's addition and the norm after it: through one another's memory, and
+by NCCL with our norm kernel behind it. Both in CUDA graphs, as in a step; microseconds of one sum.
 
-The floor is the link's: a rank reads the parts of all others at 450 GB/s, or a ring's share of them.
+The floor is the link's: a rank gets the parts of all others at 450 GB/s.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ def _time(way: Sums, ranks: RankGroup, device: torch.device, rows: int) -> tuple
         for number in range(_SUMS):
             way.add(Place(1 + number % 2), hidden, residual, norm)
 
-    for place in (Place.ATTENTION, Place.MLP):
-        way.room(place, hidden, residual).copy_(given)
+    hidden.copy_(given)
     way.add(Place.ATTENTION, hidden, residual, norm)
     after = residual.clone()
     replay = cuda_graph_recorder(device)(step)
