@@ -54,7 +54,7 @@ def _room(address_ptr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(BITS)), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room_rows"])
 def _sum_norm_kernel(  # type: ignore[no-untyped-def]
     rooms_ptr,
     part_ptr,
