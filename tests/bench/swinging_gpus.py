@@ -31,7 +31,7 @@ from tests.bench.models import write_llama_8b
 from tests.bench.swinging_load import TICK_S, Party, Steering, Swing
 
 GIB = 1024 * MIB
-# A burst of 144 requests needs 21 GiB of KV at its end, of which the device has 1.5. It is served in a minute.
+# A burst of 144 requests needs 21 GiB of KV at its end, of which the device has 1.5. A minute serves it.
 H200 = Swing(2, 55.0, 8.0, 18.0, 0.05, 700, 512, 12 * GIB, 3 * GIB // 2, 2.0, 0.2, vocab_size=128_000)
 _START_S, _ANSWER_S = 300.0, 60.0
 _PAUSE_S = 0.002
