@@ -98,7 +98,7 @@ def _on_a_gpu(folder: Path) -> EngineConfig:
 def _engine(config: EngineConfig, said: _Said) -> Engine:
     engine = build_engine(config, said.take)
     give_up = time.perf_counter() + _PATIENCE_S
-    while not (memory := engine.snapshot.memory).balloon_physical:
+    while (memory := engine.snapshot.memory).balloon_physical < memory.balloon_limit:
         assert time.perf_counter() < give_up, memory
         engine.step()
         time.sleep(0.01)
