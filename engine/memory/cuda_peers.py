@@ -7,13 +7,14 @@ from __future__ import annotations
 import torch
 from cuda.bindings import driver
 
+from engine.errors import DriverError
 from engine.memory.cuda_vmm import DeviceArray, driver_call
 
 HANDLE_BYTES = 64
 
 
-class PeerMemory:
-    """A range of this process' GPU, and the ranges of others. All last as long as the process.
+class CudaPeerMemory:
+    """A range of this process' GPU, and the ranges of others, for as long as the process, or until `free`.
 
     Args:
         device: its context is current in the calling thread.
@@ -32,11 +33,19 @@ class PeerMemory:
         self._nbytes = nbytes
         pointer = driver_call(driver.cuMemAlloc, nbytes)
         self.address = int(pointer)
-        self.handle: bytes = bytes(driver_call(driver.cuIpcGetMemHandle, pointer).reserved)
+        try:
+            self.handle = bytes(driver_call(driver.cuIpcGetMemHandle, pointer).reserved)
+        except DriverError:
+            self.free()
+            raise
 
     def view(self) -> torch.Tensor:
         """The range as bytes."""
         return torch.as_tensor(DeviceArray(self.address, self._nbytes, self), device=self._device)
+
+    def free(self) -> None:
+        """Give the range back. Nobody may use it any more."""
+        driver_call(driver.cuMemFree, driver.CUdeviceptr(self.address))
 
     def open(self, handle: bytes) -> int:
         """Where another process' range is, for this one's GPU.

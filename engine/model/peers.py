@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Protocol
 
 import torch
 
 from engine.errors import DriverError
-from engine.memory.cuda_peers import HANDLE_BYTES, PeerMemory
+from engine.memory.cuda_peers import HANDLE_BYTES, CudaPeerMemory
 from engine.model.rank_group import RankGroup
 from kernels.peer_sum import PeerRoom, clear, sum_add_rms_norm
 
@@ -18,6 +19,19 @@ logger = logging.getLogger(__name__)
 # A rank sends its part to all others. NCCL's way has more trips and moves less, and wins beyond this.
 _MOST_BYTES = 16 << 20
 _ALIGN = 256
+
+
+class PeerMemory(Protocol):
+    """See `CudaPeerMemory`."""
+
+    address: int
+    handle: bytes
+
+    def view(self) -> torch.Tensor: ...
+
+    def open(self, handle: bytes) -> int: ...
+
+    def free(self) -> None: ...
 
 
 class Peers:
@@ -57,6 +71,7 @@ def find_peers(
     max_tokens: int,
     width: int,
     dtype: torch.dtype,
+    make: Callable[[torch.device, int], PeerMemory] = CudaPeerMemory,
 ) -> Peers | None:
     """Make such memory and open the others'; all ranks do so at the same time.
 
@@ -65,6 +80,7 @@ def find_peers(
         places: sums that have room of their own.
         max_tokens: of the engine's largest step; there is room for no more than pays.
         width, dtype: of the parts.
+        make: so many bytes of the device, to be shared.
 
     Returns:
         None on all ranks where one of them cannot: GPUs do not reach one another, say.
@@ -72,8 +88,9 @@ def find_peers(
     size, row_bytes = ranks.size, width * dtype.itemsize
     rows = max(1, min(max_tokens, _MOST_BYTES // (row_bytes * (size - 1))))
     room_bytes = -(-size * rows * row_bytes // _ALIGN) * _ALIGN
-    memory, bases = _open_all(ranks, device, room_bytes * len(places), dtype)
-    if memory is None:
+    memory = _make(ranks.rank, device, room_bytes * len(places), dtype, make)
+    bases = _open_all(ranks, device, memory)
+    if memory is None or not bases:
         return None
     starts = torch.tensor(bases, dtype=torch.int64, device=device)
     rooms = [
@@ -83,18 +100,27 @@ def find_peers(
     return Peers(rooms, memory)
 
 
-def _open_all(
-    ranks: RankGroup, device: torch.device, nbytes: int, dtype: torch.dtype
-) -> tuple[PeerMemory | None, list[int]]:
-    """This rank's memory and where each rank's is; None if one of the ranks could not."""
-    memory, bases, handle = None, [0] * ranks.size, bytes(HANDLE_BYTES)
+def _make(
+    rank: int,
+    device: torch.device,
+    nbytes: int,
+    dtype: torch.dtype,
+    make: Callable[[torch.device, int], PeerMemory],
+) -> PeerMemory | None:
+    """Memory without parts in it, or None if it cannot be shared."""
     try:
-        memory = PeerMemory(device, nbytes)
-        clear(memory.view().view(dtype))
-        handle = memory.handle
+        memory = make(device, nbytes)
     except DriverError as error:
-        logger.warning("rank %d shares no memory with the others: %s", ranks.rank, error)
-    handles = _joined(ranks, device, handle)
+        logger.warning("rank %d shares no memory with the others: %s", rank, error)
+        return None
+    clear(memory.view().view(dtype))
+    return memory
+
+
+def _open_all(ranks: RankGroup, device: torch.device, memory: PeerMemory | None) -> list[int]:
+    """Where each rank's memory is for this one's device; empty on all ranks if one of them cannot."""
+    bases = [0] * ranks.size
+    handles = _joined(ranks, device, bytes(HANDLE_BYTES) if memory is None else memory.handle)
     try:
         if memory is not None and all(map(any, handles)):
             bases = [
@@ -103,8 +129,11 @@ def _open_all(
             ]
     except DriverError as error:
         logger.warning("rank %d does not reach the others' GPUs, sums go by NCCL: %s", ranks.rank, error)
-    can_all = all(map(any, _joined(ranks, device, bytes([all(bases)]))))
-    return (memory, bases) if can_all else (None, [])
+    if all(map(any, _joined(ranks, device, bytes([all(bases)])))):
+        return bases
+    if memory is not None:
+        memory.free()
+    return []
 
 
 def _joined(ranks: RankGroup, device: torch.device, part: bytes) -> list[bytes]:
