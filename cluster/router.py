@@ -179,6 +179,15 @@ class SloRouter(FIFOMixin, RequestRouter):
             handover.send_to(door)
         super()._fulfill_next_pending_request(replica, request_metadata)
 
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """The call is sent when this returns. `InFlight` counts the request from the choice on."""
+        replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        if (handover := _handover_of(pending_request)) is not None:
+            await handover.pause()
+        return replica
+
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Called by Serve for each request that it sends."""
         super().on_send_request(replica_id)

@@ -8,6 +8,7 @@ in them is data, never code (`engine.token_wire`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import itertools
 import logging
@@ -43,6 +44,13 @@ class TokenStream:
         self._pending: Row | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._has_begun = asyncio.Event()
+
+    async def begun(self, patience_s: float) -> None:
+        """Return when anything has come, or failed, or after so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._has_begun.wait()
 
     async def get(self) -> TokenDelta:
         """The next delta; what came before an error is read before it. For one reader.
@@ -100,6 +108,7 @@ class TokenStream:
             self._inbox.forget(number)
 
     def _wake(self) -> None:
+        self._has_begun.set()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
