@@ -15,7 +15,7 @@ a laptop (2 ms a token) one of 200 tokens outweighs 0.4 s. On top of that come:
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.messages import EngineSnapshot
@@ -134,6 +134,23 @@ def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float) -> dict[str, floa
         "capacity_tokens": _capacity_tokens(snapshot),
         "beat_s": snapshot.monotonic_s,  # an idle group's other facts do not change
     }
+
+
+def load_of(stats: Mapping[str, float], queue_len: int, unseen_tokens: int, age_s: float) -> GroupLoad:
+    """What a group has pushed, beside what this router knows of it itself."""
+    num_open = stats.get("num_open")
+    return GroupLoad(
+        queue_len=queue_len,
+        num_open=None if num_open is None else int(num_open),
+        wait_s=stats.get("wait_s", 0.0),
+        oldest_wait_s=stats.get("oldest_wait_s", 0.0),
+        token_s=stats.get("token_s", 0.0),
+        ttft_slo_s=stats.get("ttft_slo_s", 2.0),
+        pressure=stats.get("pressure", 0.0),
+        weight=stats.get("weight", 1.0),
+        unseen_tokens=unseen_tokens,
+        age_s=age_s,
+    )
 
 
 def _capacity_tokens(snapshot: EngineSnapshot) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
-from cluster.ranking import Ask, GroupLoad, rank_groups
+from cluster.ranking import Ask, GroupLoad, load_of, rank_groups
 from engine.messages import GenerateRequest
 
 _LAG_S = 0.2  # facts are so old when they come, at least: what was sent before may not be in them
@@ -194,20 +194,12 @@ class SloRouter(FIFOMixin, RequestRouter):
         return Ask(num_tokens, cached, request.ttft_slo_s, home if is_known else None)
 
     def _load(self, replica: RunningReplica, num_in_flight: int, now_s: float) -> GroupLoad:
-        stats = replica.routing_stats
         changed_s = self._changed_s.get(replica.replica_id)
-        num_open = stats.get("num_open")
-        return GroupLoad(
-            queue_len=max(self.replica_queue_len_cache.get(replica.replica_id) or 0, num_in_flight),
-            num_open=None if num_open is None else int(num_open),
-            wait_s=stats.get("wait_s", 0.0),
-            oldest_wait_s=stats.get("oldest_wait_s", 0.0),
-            token_s=stats.get("token_s", 0.0),
-            ttft_slo_s=stats.get("ttft_slo_s", 2.0),
-            pressure=stats.get("pressure", 0.0),
-            weight=stats.get("weight", 1.0),
-            unseen_tokens=self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
-            age_s=float("inf") if changed_s is None else now_s - changed_s,
+        return load_of(
+            replica.routing_stats,
+            max(self.replica_queue_len_cache.get(replica.replica_id) or 0, num_in_flight),
+            self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
+            float("inf") if changed_s is None else now_s - changed_s,
         )
 
 
