@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -74,25 +74,25 @@ class SentTokens:
     """Prompt tokens that this router has sent to each group lately, and that have to be computed there."""
 
     def __init__(self) -> None:
-        self._sent: dict[ReplicaID, deque[tuple[float, int]]] = {}
+        self._sent: dict[Hashable, deque[tuple[float, int]]] = {}
 
-    def send(self, group: ReplicaID, num_tokens: int, now_s: float) -> None:
+    def send(self, group: Hashable, num_tokens: int, now_s: float) -> None:
         """A request was chosen for a group."""
         self._sent.setdefault(group, deque()).append((now_s, num_tokens))
 
-    def complete(self, group: ReplicaID) -> None:
+    def complete(self, group: Hashable) -> None:
         """A request has ended there: most likely the one that was sent first."""
         if sent := self._sent.get(group):
             sent.popleft()
 
-    def since(self, group: ReplicaID, told_s: float) -> int:
+    def since(self, group: Hashable, told_s: float) -> int:
         """Those that facts which came at that time do not tell of. Forgets the others."""
         sent = self._sent.get(group, deque())
         while sent and sent[0][0] <= told_s - _LAG_S:
             sent.popleft()
         return sum(num_tokens for _, num_tokens in sent)
 
-    def keep_only(self, groups: Iterable[ReplicaID]) -> None:
+    def keep_only(self, groups: Iterable[Hashable]) -> None:
         """Forgets all other groups."""
         self._sent = {group: self._sent[group] for group in groups if group in self._sent}
 

@@ -31,6 +31,10 @@ def calibrate(file: ServeFile, path: Path, say: Callable[[str], None]) -> None:
                     f"{config.tensor_parallel_size}: leave it to --gpu, or write its figures by hand"
                 )
             say(f"{llm.model_id}: loading")
-            found[llm.model_id] = measure(config, lambda text, of=llm.model_id: say(f"{of}: {text}"))
+            found[llm.model_id] = measure(config, _teller(say, llm.model_id))
     write_calibrations(path, found)
     say(f"wrote {path}")
+
+
+def _teller(say: Callable[[str], None], model_id: str) -> Callable[[str], None]:
+    return lambda text: say(f"{model_id}: {text}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,7 +18,7 @@ class Spread:
     """How values are spread, in little memory: a day has tens of millions of them."""
 
     def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
+        self._counts: defaultdict[int, float] = defaultdict(float)
         self._total = self._weight = 0.0
         self.most = 0.0
 
@@ -26,7 +26,7 @@ class Spread:
         """A value, so often."""
         if weight <= 0:
             return
-        self._counts[round(math.log(max(value, _LEAST)) / _STEP)] += weight  # type: ignore[assignment]
+        self._counts[round(math.log(max(value, _LEAST)) / _STEP)] += weight
         self._total += value * weight
         self._weight += weight
         self.most = max(self.most, value)
@@ -147,7 +147,7 @@ class Recorder:
     samples: list[Sample] = field(default_factory=list)
     _before: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _before_s: float = 0.0
-    peaks: dict[str, Counter[str]] = field(default_factory=dict)
+    peaks: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def take(self, fleet: Fleet, now: float) -> None:
         """Every model, now."""
@@ -156,19 +156,18 @@ class Recorder:
             counts = (tally.asked, tally.ended, tally.both_kept, tally.first_kept, tally.pace_kept)
             before = self._before.get(model_id, (0.0,) * 5)
             asked, ended, *kept = (new - old for new, old in zip(counts, before, strict=True))
-            shares = [one / ended if ended > 0 else None for one in kept]
             groups = [*fleet.of(model_id), *(g for g in fleet.leaving if g.model.model_id == model_id)]
-            sample = Sample(
-                now, model_id, asked / passed_s, *shares, *_memory(groups),
-                replicas=len(fleet.of(model_id)), starting=fleet.num_starting(model_id),
-            )  # fmt: skip
+            both, first, pace = (one / ended if ended > 0 else None for one in kept)
+            memory = _memory(groups)
+            counted = {"replicas": len(fleet.of(model_id)), "starting": fleet.num_starting(model_id)}
+            sample = Sample(now, model_id, asked / passed_s, both, first, pace, **memory, **counted)
             self.samples.append(sample)
             self._peak(sample)
             self._before[model_id] = counts
         self._before_s = now
 
     def _peak(self, sample: Sample) -> None:
-        peaks = self.peaks.setdefault(sample.model_id, Counter())
+        peaks = self.peaks[sample.model_id]
         used = {
             "device": sample.kv + sample.cached + sample.activation,
             "kv": sample.kv,
@@ -182,8 +181,14 @@ class Recorder:
             peaks[name] = max(peaks[name], value)
 
 
-def _memory(groups: list[SimulatedGroup]) -> tuple[int, ...]:
-    sums: Counter[str] = Counter()
+_SUMS = (
+    *("running", "parked", "waiting", "kv", "cached", "activation", "free"),
+    *("balloon_limit", "balloon_physical", "balloon_used"),
+)
+
+
+def _memory(groups: list[SimulatedGroup]) -> dict[str, int]:
+    sums = dict.fromkeys(_SUMS, 0)
     for group in groups:
         snapshot, memory = group.snapshot, group.snapshot.memory
         unit = memory.chunk_bytes * group.model.num_ranks
@@ -197,8 +202,4 @@ def _memory(groups: list[SimulatedGroup]) -> tuple[int, ...]:
         sums["balloon_limit"] += memory.balloon_limit * unit
         sums["balloon_physical"] += memory.balloon_physical * unit
         sums["balloon_used"] += memory.balloon * unit
-    names = (
-        *("running", "parked", "waiting", "kv", "cached", "activation", "free"),
-        *("balloon_limit", "balloon_physical", "balloon_used"),
-    )
-    return tuple(sums[name] for name in names)
+    return sums

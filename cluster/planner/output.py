@@ -47,7 +47,7 @@ def summary(plan: Plan, outcomes: Mapping[str, Outcome], facts: Mapping[str, Any
 
 
 def _model_figures(model_id: str, outcome: Outcome) -> dict[str, Any]:
-    peaks = outcome.recorder.peaks.get(model_id, {})
+    peaks = outcome.recorder.peaks[model_id]
     samples = [one for one in outcome.recorder.samples if one.model_id == model_id]
     decided = {
         f"{what} {why}": n for (who, what, why), n in outcome.steering.actions.items() if who == model_id

@@ -189,9 +189,9 @@ def _replicas(llm: LLMConfig, groups: int | None) -> Replicas:
         first,
         max(1, least),
         max(most, first),
-        _or(auto and auto.upscale_delay_s, _UPSCALE_S),
-        _or(auto and auto.downscale_delay_s, _DOWNSCALE_S),
-        _or(auto and auto.target_ongoing_requests, _ONGOING),
+        _or(auto.upscale_delay_s if auto else None, _UPSCALE_S),
+        _or(auto.downscale_delay_s if auto else None, _DOWNSCALE_S),
+        _or(auto.target_ongoing_requests if auto else None, _ONGOING),
     )
 
 

@@ -110,7 +110,7 @@ class _Router:
             load_of(
                 self.stats.get(name, {}),
                 self.in_flight[name],
-                self.sent.since(name, self.pushed_s.get(name, 0.0)),  # type: ignore[arg-type]  # any name
+                self.sent.since(name, self.pushed_s.get(name, 0.0)),
                 now - self.pushed_s.get(name, -1e9),
             )
             for name in names
@@ -118,14 +118,14 @@ class _Router:
         home = home_of(chain[0], names) if chain else None
         best = rank_groups(loads, Ask(len(prompt), cached, home=home), self.dice)[0]
         self.record.sent(names[best], chain)
-        self.sent.send(names[best], len(prompt) - cached[best], now)  # type: ignore[arg-type]
+        self.sent.send(names[best], len(prompt) - cached[best], now)
         self.in_flight[names[best]] += 1
         return best
 
     def ended(self, name: str) -> None:
         """A request has left a group."""
         self.in_flight[name] -= 1
-        self.sent.complete(name)  # type: ignore[arg-type]
+        self.sent.complete(name)
 
 
 class Labels:
@@ -192,13 +192,9 @@ class RequestLevel:
             mark(mark_s)
             told(mark_s)
             mark_s, mark = next(marks)
-        for _ in self._open:
-            pass
         for one in self._open.values():
             self._tally_of[one.model].refuse("unfinished")
-        return Outcome(
-            self.tallies, self.recorder, self.steering, self.fleet, min(mark_s, max(lasts_s, mark_s))
-        )
+        return Outcome(self.tallies, self.recorder, self.steering, self.fleet, mark_s)
 
     def _make(self, name: str, model: ModelPlan, node_id: str, now: float) -> SimulatedGroup:
         return RequestGroup(name, model, node_id, now, self._plan, self._room, self._published)

@@ -103,7 +103,7 @@ def _simulate(
     sample_s = max(plan.tick_s, lasts_s / _SAMPLES)
     asked = merged(sources, plan.seed, begin_s, begin_s + lasts_s)
     with tqdm(total=round(lasts_s), desc=name, unit="s", disable=None) as bar:
-        told = _teller(bar)
+        told = _teller(bar, round(lasts_s))
         if level == "fluid":
             from cluster.planner.fluid import FluidLevel
 
@@ -113,9 +113,9 @@ def _simulate(
         return RequestLevel(plan, sample_s).run(asked, told, lasts_s)
 
 
-def _teller(bar: tqdm[Any]) -> Callable[[float], None]:
+def _teller(bar: tqdm[Any], total: int) -> Callable[[float], None]:
     def tell(now: float) -> None:
-        bar.update(max(0, min(int(now), bar.total) - bar.n))
+        bar.update(max(0, min(int(now), total) - int(bar.n)))
 
     return tell
 
@@ -149,10 +149,6 @@ def _processor_s(plan: Plan, sources: Mapping[str, Source], begin_s: float, last
         # An engine steps while it has work: that many of its steps fit into a second, at most.
         decode_s = steps.step_s(StepWork(0, 1, int(prompt), 0.0))
         busy = min(1.0, rate / model.replicas.first * tokens * decode_s)
-        total += (
-            model.replicas.first
-            * busy
-            / decode_s
-            * min(lasts_s, span_s if len(seen) < _LOOKED_AT else lasts_s)
-        )
+        active_s = lasts_s if len(seen) == _LOOKED_AT else min(lasts_s, span_s)
+        total += model.replicas.first * busy / decode_s * active_s
     return total * _STEP_S
