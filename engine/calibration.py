@@ -81,7 +81,7 @@ class StepPoints:
     A step is matrix products, by the number of its tokens; and attention, by pairs of a prompt's tokens with
     those before them, and by the contexts that decodes read. Points at different contexts tell attention's
     part, the rest is products. Beyond the largest point its line goes on; below the smallest nothing is
-    cheaper. A step with prompts and decodes has their products together and their attention one after another.
+    cheaper. A step with prompts and decodes has their products together, and the attention of both.
 
     Raises:
         ConfigError: no point of one kind.

@@ -1,8 +1,8 @@
 """One engine in virtual time: the real engine loop, scheduler and pool over a device that only takes time.
 
 A door of this package, beside the actor: who plans for engines that are not there yet makes them here. What
-is simulated are steps, by a calibration, and copies, by the bandwidth of a link. Tokens mean nothing; lengths,
-memory and decisions are those of the engine that serves.
+is simulated are steps, by a calibration, and copies, by the bandwidth of a link. Tokens mean nothing;
+lengths, memory and decisions are those of the engine that serves.
 """
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ def pool_bytes(config: EngineConfig, calibration: Calibration) -> int:
         nbytes = _UNMEASURED_POOL
     if nbytes is None or nbytes <= 0:
         raise ConfigError(
-            f"{config.model.model_id}: how much memory its pool has is not known: the weights leave nothing of "
+            f"{config.model.model_id}: how much memory its pool has is not known: the weights leave "
+            f"nothing of "
             "the GPU, or no GPU was named; give memory.pool_bytes, another --gpu, or a calibration"
         )
     return nbytes

@@ -44,12 +44,6 @@ class ModelFigures(Section):
     pool_bytes: Bytes | None = None
 
 
-class CalibrationFile(Section):
-    """Figures by model id."""
-
-    models: dict[str, ModelFigures] = Field(min_length=1)
-
-
 def read_calibrations(path: Path) -> dict[str, Calibration]:
     """By model id. Raises ConfigError, which names the field that is wrong."""
     try:
@@ -58,11 +52,19 @@ def read_calibrations(path: Path) -> dict[str, Calibration]:
         raise ConfigError(f"--calibration {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--calibration {path} is neither JSON nor YAML: {error}") from error
+    models = data.get("models") if isinstance(data, dict) else None
+    if not isinstance(models, dict) or not models:
+        raise ConfigError(f"--calibration {path}: no figures by model id under `models`")
+    return {
+        str(model_id): _calibration(path, _figures(path, model_id, one)) for model_id, one in models.items()
+    }
+
+
+def _figures(path: Path, model_id: object, data: object) -> ModelFigures:
     try:
-        file = validate(CalibrationFile, data)
+        return validate(ModelFigures, data)
     except ConfigError as error:
-        raise ConfigError(f"--calibration {path} has errors:\n{error}") from error
-    return {model_id: _calibration(path, one) for model_id, one in file.models.items()}
+        raise ConfigError(f"--calibration {path}, {model_id}, has errors:\n{error}") from error
 
 
 def _calibration(path: Path, one: ModelFigures) -> Calibration:
@@ -82,5 +84,6 @@ def _calibration(path: Path, one: ModelFigures) -> Calibration:
 def write_calibrations(path: Path, models: Mapping[str, Mapping[str, Any]]) -> None:
     """What `engine.measuring` found, by model id."""
     text = orjson.dumps({"models": models}, option=orjson.OPT_INDENT_2).decode()
-    validate(CalibrationFile, yaml.safe_load(text))
+    for one in yaml.safe_load(text)["models"].values():
+        validate(ModelFigures, one)
     path.write_text(text + "\n")

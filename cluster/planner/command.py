@@ -49,7 +49,7 @@ Calibrate = Annotated[
 Level = Annotated[
     str,
     _option(
-        "request: every engine with its scheduler; fluid: crowds of requests, for days of hundreds of groups; "
+        "request: every engine with its scheduler; fluid: crowds of requests, for days of many groups; "
         "auto: request where it takes minutes.",
         _OUTPUT,
     ),

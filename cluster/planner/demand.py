@@ -184,8 +184,10 @@ def _reader(path: Path) -> traces.Reader:
     if "Request tokens" in head:
         return traces.read_burstgpt
     raise OptionError(
-        f"{path}, line 1: {head.strip()[:60]!r} begins no trace that is known: Azure LLM inference (TIMESTAMP,"
-        "ContextTokens,GeneratedTokens), BurstGPT (Timestamp,Model,Request tokens,...) or Mooncake (JSON objects "
+        f"{path}, line 1: {head.strip()[:60]!r} begins no trace that is known: Azure LLM inference "
+        f"(TIMESTAMP,"
+        "ContextTokens,GeneratedTokens), BurstGPT (Timestamp,Model,Request tokens,...) or Mooncake "
+        "(JSON objects "
         "with timestamp, input_length and output_length)"
     )
 

@@ -155,7 +155,7 @@ def _held(group: SimulatedGroup) -> int:
 
 
 class Scaling:
-    """Serve's rule for one model: a wish counts once it has lasted (`upscale_delay_s`, `downscale_delay_s`)."""
+    """Serve's rule for one model: a wish counts once it has lasted, as Serve's delays say."""
 
     def __init__(self, replicas: Replicas) -> None:
         self._replicas = replicas

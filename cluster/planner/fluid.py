@@ -1,11 +1,11 @@
 """A fleet coarsely: a group is queues, a rate and two memories. A thousand times cheaper than `requests`.
 
-The controller's policy is the real one, and so are the calibration, sizes and arrivals; what an engine does with
-them is summed up. A group computes prompts first, as far as next tokens allow; what fits its device decodes; up
-to what the balloon has room for takes turns; the rest waits. Within a tick all requests fare alike, so shares
-of kept promises are those of crowds: right about what memory and rates allow, blind to single long prompts,
-to prefix caches and to the scheduler's finer choices. Requests are dealt out by how many are open and by the
-controller's weights.
+The controller's policy is the real one, and so are the calibration, sizes and arrivals; what an engine does
+with them is summed up. A group computes prompts first, as far as next tokens allow; what fits its device
+decodes; up to what the balloon has room for takes turns; the rest waits. Within a tick all requests fare
+alike, so shares of kept promises are those of crowds: right about what memory and rates allow, blind to
+single long prompts, to prefix caches and to the scheduler's finer choices. Requests are dealt out by how
+many are open and by the controller's weights.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ class FluidGroup:
         late = self.queue if self._wait_s > self.model.ttft_slo_s else 0.0
         memory = MemorySnapshot(
             self._geometry.chunk_bytes, self._pool, self._pool - kv, kv, 0, 0, 0, 0, 0, 0, 0, 0,
-            balloon=int(parked * self._request), balloon_logical=self.limit, balloon_physical=int(self.physical),
+            balloon=int(parked * self._request), balloon_logical=self.limit,
+            balloon_physical=int(self.physical),
             balloon_limit=self.limit, balloon_slab=self._slab if self._has_balloon else 0,
         )  # fmt: skip
         first, first_late, pace, pace_late = map(int, self._counts)

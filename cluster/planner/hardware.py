@@ -1,4 +1,4 @@
-"""What is known of GPUs: the figures that a plan is made with where nobody has measured, each with its source."""
+"""What is known of GPUs: the figures of a plan where nobody has measured, each with its source."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Gpu:
 
 
 _H100 = (
-    "measured on an H100 80GB (tests/bench/README.md): 8B in bf16, 5.35 ms a token alone, prompts at 600 TFLOP/s, "
+    "measured on an H100 80GB (tests/bench/README.md): 8B in bf16, 5.35 ms a token alone, prompts "
+    "at 600 TFLOP/s, "
     "attention 550 TFLOP/s, KV at 2.95 TB/s, copies at 50 GiB/s"
 )
 GPUS = {
@@ -77,7 +78,8 @@ def default_calibration(
     gpu = GPUS.get((gpu_name or "").lower())
     if gpu is None:
         raise ConfigError(
-            f"{model_id}: nothing is known of the GPU {gpu_name!r}: name one of {', '.join(GPUS)} with --gpu (or "
+            f"{model_id}: nothing is known of the GPU {gpu_name!r}: name one of {', '.join(GPUS)} "
+            f"with --gpu (or "
             "accelerator_type in the file), or measure on the machine with --calibrate and give --calibration"
         )
     weights = shape.num_weights * shape.itemsize // num_ranks
@@ -93,9 +95,11 @@ def default_calibration(
     pool = gpu.memory_bytes - weights - margin_bytes - _OUTSIDE_BYTES
     sources = {
         "steps": f"{gpu.name}: {gpu.source}; rates times this model's bytes and FLOPs",
-        "pool_bytes": f"{gpu.name}'s memory less weights, margin_bytes and 1.5 GiB for graphs, tables and torch, "
+        "pool_bytes": f"{gpu.name}'s memory less weights, margin_bytes and 1.5 GiB for graphs, "
+        "tables and torch, "
         "as beside an 8B model on an H100",
-        "load_s": "8 s measured for random weights with kernels cached (README.md); reading a checkpoint comes "
+        "load_s": "8 s measured for random weights with kernels cached (README.md); reading a "
+        "checkpoint comes "
         "on top: --load-s",
         "pin_s_per_gib": "measured on an H100's host: 16 GiB in 10.7 s",
     }

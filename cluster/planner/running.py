@@ -130,7 +130,8 @@ def _level(wanted: Level, needs_s: float) -> tuple[str, str]:
     if needs_s <= _AFFORDABLE_S:
         return "request", f"level: request (every engine's scheduler; {about} of processor time a run)"
     return "fluid", (
-        f"level: fluid (crowds of requests), since every engine's scheduler would take {about} of processor time a "
+        f"level: fluid (crowds of requests), since every engine's scheduler would take {about} of "
+        f"processor time a "
         "run; --level request with fewer --hours shows a part of it"
     )
 
