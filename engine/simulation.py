@@ -147,19 +147,7 @@ class SimulatedEngine:
             )
             self.pool.add_balloon(balloon, self.copies)
         self.scheduler = Scheduler(config.scheduler, self.pool, longest, (), self.clock)
-        info = EngineInfo(
-            config.model.model_id,
-            config.device,
-            str(shape.dtype).removeprefix("torch."),
-            longest,
-            _VOCABULARY,
-            (),
-            num_chunks * chunk_bytes,
-            shape.num_weights * shape.itemsize,
-            shape.geometry.tokens_per_chunk,
-            shape.geometry.layers_per_group,
-            calibration.load_s,
-        )
+        info = _describe(config, shape, num_chunks, longest, calibration.load_s)
         self.engine = Engine(
             config,
             info,
@@ -207,6 +195,24 @@ def pool_bytes(config: EngineConfig, calibration: Calibration) -> int:
             "the GPU, or no GPU was named; give memory.pool_bytes, another --gpu, or a calibration"
         )
     return nbytes
+
+
+def _describe(
+    config: EngineConfig, shape: EngineShape, num_chunks: int, longest: int, load_s: float
+) -> EngineInfo:
+    return EngineInfo(
+        config.model.model_id,
+        config.device,
+        str(shape.dtype).removeprefix("torch."),
+        longest,
+        _VOCABULARY,
+        (),
+        num_chunks * shape.geometry.chunk_bytes,
+        shape.num_weights * shape.itemsize,
+        shape.geometry.tokens_per_chunk,
+        shape.geometry.layers_per_group,
+        load_s,
+    )
 
 
 def _make_pool(config: EngineConfig, shape: EngineShape, num_chunks: int, longest: int) -> MemoryPool:
