@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -19,16 +20,18 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.config import LLMConfig, ServingArgs, to_engine_config, validate
 from cluster.controller import ControllerReplica
+from cluster.gpu_needs import device_of
 from cluster.group import TpGroup
 from cluster.ingress import IngressConfig, create_app
 from cluster.metrics import IngressMetrics, RayBackend
+from cluster.request_courier import RequestCourier
 from cluster.served_model import GroupsOfModel
 from cluster.token_inbox import TokenInbox
 from cluster.tokenizer import Tokenizer
 from engine.actor import EngineActor
 from engine.config import Device
-from engine.errors import ConfigError
 
+_log = logging.getLogger("ray.serve")
 # Serve's own processes are light: shares small enough that a laptop with one free core has room.
 _LIGHT = 0.1
 _CPU_RANK = {"CPU": 0.5}
@@ -57,13 +60,16 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def build_application(args: ServingArgs, engine_class: type) -> serve.Application:
     """The same with an engine of choice: a plain class shaped like `engine.actor.EngineActor`."""
-    device = _cluster_device()
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     created = int(time.time())
     served, groups = [], {}
     share = _balloon_share(args)
     for llm in args.llm_configs:
         name = deployment_name(llm.model_id)
         served.append(_Served(llm.model_id, name, llm.tokenizer_source, created))
+        device = device_of(llm, args, has_gpus)
+        if device == "cuda" and not has_gpus:
+            _log.warning("%s is for GPUs, and the cluster has none yet: it waits for them", llm.model_id)
         groups[llm.model_id] = _group(name, llm, device, share, engine_class)
     controller = serve.deployment(ControllerReplica).options(
         name="Controller",
@@ -94,27 +100,20 @@ def deployment_name(model_id: str) -> str:
     return f"TpGroup-{re.sub(r'[^A-Za-z0-9_.-]', '-', model_id)}"
 
 
-def _cluster_device() -> Device:
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-
-
 def _balloon_share(args: ServingArgs) -> float:
     """Of a node's host memory, for each engine's balloon until the controller has spoken: an equal part for
     as many engines as may come to one node. Engines start one after another, and each takes its part of what
     the others have left.
     """
     gpus = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
+    gpus /= min(llm.device_share for llm in args.llm_configs)  # engines may share one
     most = sum(llm.most_ranks for llm in args.llm_configs)
     return min(_LARGEST_SHARE, 1 / max(1.0, min(most, gpus) if gpus else most))
 
 
 def _group(
-    name: str, llm: LLMConfig, auto_device: Device, balloon_share: float, engine_class: type
+    name: str, llm: LLMConfig, device: Device, balloon_share: float, engine_class: type
 ) -> serve.Application:
-    wanted = llm.engine_kwargs.device
-    device = auto_device if wanted == "auto" else wanted
-    if device == "cuda" and _cluster_device() == "cpu":
-        raise ConfigError(f"{llm.model_id}: engine_kwargs.device is cuda, but the Ray cluster has no GPU")
     resources = _rank_resources(llm, device)
     options = llm.deployment_config
     # The engine alone knows what it can take. Serve counts a request as queued while it looks for a
@@ -146,7 +145,7 @@ def _group(
 
 
 def _rank_resources(llm: LLMConfig, device: Device) -> dict[str, float]:
-    resources = dict(_GPU_RANK if device == "cuda" else _CPU_RANK)
+    resources = dict(_GPU_RANK | {"GPU": llm.device_share} if device == "cuda" else _CPU_RANK)
     if llm.placement_group_config is not None:
         resources = dict(llm.placement_group_config.bundle_per_worker)
     if llm.accelerator_type is not None:
@@ -165,7 +164,7 @@ def _asgi_builder(served: tuple[_Served, ...], args: ServingArgs) -> Callable[[]
     )
 
     def build_asgi_app() -> FastAPI:
-        inbox = TokenInbox(ray.util.get_node_ip_address())
+        inbox, courier = TokenInbox(ray.util.get_node_ip_address()), RequestCourier()
         models = {
             model.model_id: GroupsOfModel(
                 model.model_id,
@@ -173,6 +172,7 @@ def _asgi_builder(served: tuple[_Served, ...], args: ServingArgs) -> Callable[[]
                 Tokenizer.load(model.tokenizer_source),
                 serve.get_deployment_handle(model.deployment),
                 inbox,
+                courier,
             )
             for model in served
         }

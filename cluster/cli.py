@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from cluster import cli_render, config
+from cluster import cli_render, config, ray_service_check
 from cluster.bench import command
 from cluster.bench.workload import OptionError
 from cluster.client import Client, ClientError
@@ -31,7 +31,9 @@ from engine.messages import EngineSnapshot
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 _console = Console(highlight=False)
 
-ServeFilePath = Annotated[Path, typer.Argument(metavar="FILE", help="A Ray Serve config file.")]
+ServeFilePath = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A Ray Serve config file, or a RayService with one inside.")
+]
 Url = Annotated[str, typer.Option(help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="BALLONET_API_KEY", help="Sent as a bearer token.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -63,6 +65,8 @@ def serve(
         _step("starting Ray" if address is None else f"connecting to Ray at {address}")
         # Ray puts a SIGTERM handler of its own in place, so ours comes after it.
         with launch.ray_running(address, verbose), _sigterm_interrupts():
+            if address is None:
+                launch.require_gpus(file)
             _step("deploying; the first start of a model takes longest")
             with launch.deployed(file, _step, removes=address is not None) as url:
                 _step(f"ready at {url}/v1")
@@ -79,7 +83,10 @@ def serve(
 def check(path: ServeFilePath) -> None:
     """Validate FILE and print what it asks for."""
     with _errors_end_it():
-        _console.print(cli_render.file_summary(config.load(path)))
+        file, notes = ray_service_check.check(path)
+        _console.print(cli_render.file_summary(file))
+        for note in notes:
+            _console.print(f"note: {note}", style="yellow", markup=False)
         _console.print(f"{path} is valid.", style="green")
 
 

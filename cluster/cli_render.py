@@ -44,6 +44,7 @@ def pool_picture(snapshot: EngineSnapshot) -> RenderableType:
         f"{memory.total} chunks of {size(memory.chunk_bytes)}, {size(memory.created * memory.chunk_bytes)} "
         f"physical, {memory.kv_tokens} tokens of KV",
         _outside(memory),
+        _shared(snapshot),
         _balloon(snapshot),
         _order(snapshot),
         _hit_rate(snapshot),
@@ -63,6 +64,16 @@ def _outside(memory: MemorySnapshot) -> str:
     }
     held = [f"{label} {size(num_bytes)}" for label, num_bytes in parts.items() if num_bytes]
     return f"outside the pool: {', '.join(held)}" if held else ""
+
+
+def _shared(snapshot: EngineSnapshot) -> str:
+    """The part of a device that others use as well."""
+    memory = snapshot.memory
+    if not snapshot.shared_device:
+        return ""
+    limit, own = size(memory.limit * memory.chunk_bytes), size(memory.configured * memory.chunk_bytes)
+    held = size(memory.created * memory.chunk_bytes)
+    return f"shares {snapshot.shared_device}: pool up to {limit}, of its own {own}, {held} held"
 
 
 def _parked(snapshot: EngineSnapshot) -> str:
@@ -86,9 +97,10 @@ def _order(snapshot: EngineSnapshot) -> str:
     """What the controller has said last."""
     if (order := snapshot.order) is None:
         return ""
+    pool = "" if order.pool_bytes is None else f"pool up to {size(order.pool_bytes)}, "
     return (
         f"controller: {order.reason}, {snapshot.order_age_s:.0f} s ago (epoch {order.epoch}, revision "
-        f"{order.revision}); balloon up to {size(order.balloon_logical_bytes)}, admission weight "
+        f"{order.revision}); {pool}balloon up to {size(order.balloon_logical_bytes)}, admission weight "
         f"{order.admission_weight:g}"
     )
 
@@ -115,11 +127,12 @@ def _cells(owners: Mapping[str, int], width: int) -> dict[str, int]:
 def status_view(models: Mapping[str, Sequence[EngineSnapshot]]) -> RenderableType:
     """Every engine of every model: its load and its pool."""
     parts: list[RenderableType] = []
+    nodes = {one.host.node_id for snapshots in models.values() for one in snapshots if one.host is not None}
     for model_id, snapshots in models.items():
         if not snapshots:
             parts.append(Text(f"{model_id}: no engine answers", style="red"))
         for number, snapshot in enumerate(snapshots):
-            title = Text(f"{model_id} group {number}: ", style="bold")
+            title = Text(f"{model_id} group {number}{_place(snapshot, len(nodes) > 1)}: ", style="bold")
             title.append(
                 f"{snapshot.num_running} running, {_parked(snapshot)}{snapshot.num_waiting} waiting, "
                 f"{snapshot.generated_tokens} tokens out, {snapshot.num_preemptions} preempted",
@@ -127,6 +140,14 @@ def status_view(models: Mapping[str, Sequence[EngineSnapshot]]) -> RenderableTyp
             )
             parts += [title, pool_picture(snapshot)]
     return Group(*parts)
+
+
+def _place(snapshot: EngineSnapshot, tells_node: bool) -> str:
+    """How many ranks a group has, and their node: groups of one node share its host memory."""
+    ranks = f"{snapshot.num_ranks} ranks, memory of the first" if snapshot.num_ranks > 1 else ""
+    node = f"node {snapshot.host.node_id[:8]}" if tells_node and snapshot.host is not None else ""
+    told = ", ".join(filter(None, (ranks, node)))
+    return f" ({told})" if told else ""
 
 
 def trimmed_view(models: Mapping[str, Sequence[int | str]]) -> RenderableType:
@@ -167,12 +188,17 @@ def file_summary(file: ServeFile) -> Table:
             table.add_row(
                 llm.model_id,
                 llm.model_source.replace(str(Path.home()), "~"),
-                llm.engine_kwargs.device,
+                _device(llm),
                 _groups(llm),
                 "measured" if pool is None else size(pool),
                 llm.memory.mode,
             )
     return table
+
+
+def _device(llm: LLMConfig) -> str:
+    share = llm.device_share
+    return llm.engine_kwargs.device if share == 1 else f"{share:g} of {llm.engine_kwargs.device}"
 
 
 def _groups(llm: LLMConfig) -> str:

@@ -3,17 +3,17 @@
 Names follow Ray's LLMServingArgs and LLMConfig, so that a Ray LLM file ports by changing its
 `import_path`. What an engine field means stands in `engine.config`, once; what a `deployment_config`
 field means stands in Ray Serve's documentation. `cluster.config_ingress` is the HTTP side,
-`cluster.config_values` reads sizes and paths, `cluster.config_errors` words what can go wrong; no other
-file reads the environment.
+`cluster.config_values` reads sizes and paths, `cluster.config_source` finds the config in a file,
+`cluster.config_errors` words what can go wrong; no other file reads the environment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
@@ -25,7 +25,9 @@ from pydantic import (
 )
 
 from cluster.config_errors import explain
-from cluster.config_ingress import IngressSection
+from cluster.config_ingress import ENVIRONMENT, IngressSection
+from cluster.config_sharing import check_cpu_parts, check_reserved, device_share
+from cluster.config_source import ConfigSource, read
 from cluster.config_values import Bytes, Section, Source
 from cluster.policy import PolicyConfig
 from engine.config import (
@@ -64,8 +66,10 @@ class ModelLoadingConfig(Section):
 class EngineKwargs(Section):
     """`engine.config.SchedulerConfig`, `ModelSource` and `EngineConfig` under vLLM's names.
 
-    `device: auto` is cuda where the Ray cluster has GPUs, else cpu. `enable_prefix_caching` is
-    `MemoryConfig`'s; it has no effect where `memory.mode` is static. `tensor_parallel_size` devices of one
+    `device: auto` is cuda where the Ray cluster has GPUs when the application is built, or where one of its
+    models asks for some (`device: cuda`, `accelerator_type`, GPUs in `bundle_per_worker`), else cpu: write
+    cuda where GPU nodes join later, as under KubeRay. `enable_prefix_caching` is `MemoryConfig`'s; it has no
+    effect where `memory.mode` is static. `tensor_parallel_size` devices of one
     node hold a copy of the model together; `memory` is then what each of them has.
     """
 
@@ -101,11 +105,14 @@ class EngineKwargs(Section):
 class MemorySection(Section):
     """`engine.config.MemoryConfig`; sizes may be written as `512MiB`.
 
-    `balloon_share` is by default an equal part for as many engines as may come to one node.
+    `device_share` is by default the `GPU` of `placement_group_config.bundle_per_worker`, where that is a
+    fraction, and the other way round. `balloon_share` is by default an equal part for as many engines as
+    may come to one node.
     """
 
     mode: Mode = _MEMORY.mode
     pool_bytes: Bytes | None = None
+    device_share: float | None = Field(default=None, gt=0, le=1)
     chunk_bytes: Bytes | None = None
     layers_per_group: PositiveInt | None = None
     margin_bytes: Bytes = _MEMORY.margin_bytes
@@ -197,6 +204,16 @@ class LLMConfig(Section):
         return self.model_loading_config.tokenizer_source or self.model_source
 
     @property
+    def device_share(self) -> float:
+        """Part of a device that each engine starts with; less than 1 if it shares the device."""
+        return device_share(self.memory.device_share, self._reserved_gpu)
+
+    @property
+    def _reserved_gpu(self) -> float | None:
+        placement = self.placement_group_config
+        return None if placement is None else placement.bundle_per_worker.get("GPU", 0.0)
+
+    @property
     def most_ranks(self) -> int:
         """Engines that may run at once."""
         options = self.deployment_config
@@ -216,6 +233,11 @@ class LLMConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _reserves_what_it_takes(self) -> Self:
+        check_reserved(self.memory.device_share, self._reserved_gpu, self.engine_kwargs.tensor_parallel_size)
+        return self
+
+    @model_validator(mode="after")
     def _engine_agrees(self) -> Self:
         try:
             to_engine_config(self, "cpu")
@@ -225,7 +247,8 @@ class LLMConfig(Section):
 
 
 class ControllerSection(Section):
-    """What divides each node's host memory among the balloons of its groups, and weighs groups.
+    """What divides each node's host memory among the balloons of its groups, and each shared device among the
+    pools on it, and weighs groups.
 
     `enabled: false` only looks, for the metrics: every balloon stays as it was made. `tick_s`: seconds
     between two looks at all groups. The others are `cluster.policy.PolicyConfig`'s.
@@ -240,6 +263,8 @@ class ControllerSection(Section):
     need_half_life_s: PositiveFloat = _POLICY.need_half_life_s
     dead_band: Share = _POLICY.dead_band
     dwell_s: NonNegativeFloat = _POLICY.dwell_s
+    device_dwell_s: NonNegativeFloat = _POLICY.device_dwell_s
+    device_half_life_s: PositiveFloat = _POLICY.device_half_life_s
     target: Share = _POLICY.target
     patience_s: NonNegativeFloat = _POLICY.patience_s
     least_weight: float = Field(default=_POLICY.least_weight, gt=0, le=1)
@@ -259,6 +284,14 @@ class ServingArgs(Section):
     llm_configs: tuple[LLMConfig, ...] = Field(min_length=1, strict=False)
     ingress: IngressSection = IngressSection()
     controller: ControllerSection = ControllerSection()
+
+    @model_validator(mode="after")
+    def _parts_of_a_cpu(self) -> Self:
+        on_cpu = [
+            llm for llm in self.llm_configs if llm.engine_kwargs.device == "cpu" and llm.device_share < 1
+        ]
+        check_cpu_parts([(llm.model_id, llm.device_share * llm.most_ranks) for llm in on_cpu])
+        return self
 
     @model_validator(mode="after")
     def _distinct_models(self) -> Self:
@@ -307,26 +340,32 @@ class ServeFile(Section):
 T = TypeVar("T", bound=Section)
 
 
-def validate(section: type[T], data: object) -> T:
-    """`data` as a `section`. Raises ConfigError with every fault, its path and the remedy."""
+def validate(section: type[T], data: object, environment: Mapping[str, str] | None = None) -> T:
+    """`data` as a `section`. Raises ConfigError with every fault, its path and the remedy.
+
+    Args:
+        environment: variables that name keys, where they are not this process' own.
+    """
     try:
-        return section.model_validate(data)
+        return section.model_validate(
+            data, context=None if environment is None else {ENVIRONMENT: environment}
+        )
     except ValidationError as error:
         raise ConfigError(explain(error, section)) from error
 
 
 def load(path: Path) -> ServeFile:
-    """The file at `path`. Raises ConfigError."""
+    """The Serve config of the file at `path`. Raises ConfigError."""
+    return parse(read(path), path)
+
+
+def parse(source: ConfigSource, path: Path) -> ServeFile:
+    """What `path` was found to hold, checked. Raises ConfigError."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    try:
-        return validate(ServeFile, data)
+        return validate(ServeFile, source.data, source.environment)
     except ConfigError as error:
-        raise ConfigError(f"{path} has errors:\n{error}") from error
+        faults = "\n".join(f"  {source.locate(fault.strip())}" for fault in str(error).splitlines())
+        raise ConfigError(f"{path} has errors:\n{faults}") from error
 
 
 def to_engine_config(llm: LLMConfig, device: Device, balloon_share: float | None = None) -> EngineConfig:
@@ -335,7 +374,7 @@ def to_engine_config(llm: LLMConfig, device: Device, balloon_share: float | None
     Args:
         balloon_share: of the host memory available at its start, for a balloon without a size.
     """
-    memory = llm.memory.model_dump()
+    memory = llm.memory.model_dump() | {"device_share": llm.device_share}
     memory["balloon_share"] = memory["balloon_share"] or balloon_share or _MEMORY.balloon_share
     kwargs = llm.engine_kwargs
     return EngineConfig(

@@ -9,7 +9,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-_NO_FRACTION = "there is no fraction to tune; memory.pool_bytes sets the pool, without it it is measured"
+_NO_FRACTION = (
+    "there is no fraction to tune; memory.pool_bytes sets the pool, without it it is measured. "
+    "Groups that share a GPU: memory.device_share"
+)
 _ALWAYS_ON = "is always on; remove the key"
 
 # Keys that users of Ray LLM and vLLM bring along, and what to do instead.
@@ -26,6 +29,7 @@ UNSUPPORTED = {
     "ingress_cls_config": "is not supported; use ingress",
     "ingress_deployment_config": "is not supported; use ingress.num_replicas and its siblings",
     "bundles": "is not supported; use bundle_per_worker",
+    "num_gpus": "is not supported; use placement_group_config.bundle_per_worker or memory.device_share",
     "ray_actor_options": "is not supported; use placement_group_config.bundle_per_worker",
     "placement_group_bundles": "belongs into placement_group_config.bundle_per_worker",
     "request_router_config": "is not supported; requests go where their first token comes soonest",
@@ -51,6 +55,7 @@ UNSUPPORTED = {
     "balloon_bytes": "belongs into memory",
     "balloon_slab_bytes": "belongs into memory",
     "balloon_share": "belongs into memory",
+    "device_share": "belongs into memory",
     "ttft_ms": "belongs into slo",
     "tpot_ms": "belongs into slo",
     "slo": "belongs into llm_configs[], beside engine_kwargs",

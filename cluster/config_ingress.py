@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
 from cluster.config_values import DEFAULT_MAX_BODY_BYTES, Bytes, Section
 
 PrefixCacheSalt = Literal["none", "api_key"]
+ENVIRONMENT = "environment"  # of the validation's context: variables other than this process'
 ApiKey = Annotated[str, Field(min_length=1)]
 
 
@@ -40,12 +42,15 @@ class IngressSection(Section):
     max_ongoing_requests: PositiveInt = 10_000
 
     @model_validator(mode="after")
-    def _keys_exist(self) -> Self:
+    def _keys_exist(self, info: ValidationInfo) -> Self:
+        environment = (info.context or {}).get(ENVIRONMENT, os.environ)
         for name in ("api_keys_env", "admin_api_keys_env"):
             variable = getattr(self, name)
-            if variable is not None and not _keys_of(variable):
+            if variable is not None and not _keys_of(variable, environment):
                 raise ValueError(f"{name}: the environment variable {variable} holds no key")
-        if self.prefix_cache_salt == "api_key" and not self.all_api_keys():
+        if self.prefix_cache_salt == "api_key" and not self.api_keys + _keys_of(
+            self.api_keys_env, environment
+        ):
             raise ValueError(
                 "prefix_cache_salt is api_key, but there are no keys: set api_keys or api_keys_env"
             )
@@ -60,7 +65,7 @@ class IngressSection(Section):
         return self.admin_api_keys + _keys_of(self.admin_api_keys_env)
 
 
-def _keys_of(variable: str | None) -> tuple[str, ...]:
+def _keys_of(variable: str | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The keys that an environment variable lists, separated by commas."""
-    listed = os.environ.get(variable, "") if variable else ""
+    listed = environment.get(variable, "") if variable else ""
     return tuple(key.strip() for key in listed.split(",") if key.strip())

@@ -26,10 +26,15 @@ class ControllerMetrics(Feeder):
         for model_id, count in decision.replicas.items():
             self.send("controller_wanted_replicas", count, model_name=model_id)
         for group_id, group in state.groups.items():
-            sizes = {"ordered": group.levers.size.value, "there": group.facts.physical, "needed": group.need}
+            facts, levers = group.facts, group.levers
+            labels = {"model_name": facts.model_id, "group": group_id}
+            sizes = {"ordered": levers.size.value, "there": facts.physical, "needed": group.need}
             for name, size in sizes.items():
-                labels = {"model_name": group.facts.model_id, "group": group_id, "state": name}
-                self.send("controller_balloon_bytes", size, **labels)
+                self.send("controller_balloon_bytes", size, **labels, state=name)
+            if levers.pool.value:
+                sizes = {"ordered": levers.pool.value, "there": facts.pool_held, "needed": group.pool_need}
+                for name, size in sizes.items():
+                    self.send("controller_pool_bytes", size, **labels, state=name)
 
     def ordered(self, model_id: str, outcome: str) -> None:
         """A group has answered an order, or has not."""

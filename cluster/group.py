@@ -14,20 +14,22 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
 from cluster.metrics import GroupMetrics, RayBackend
 from cluster.ranking import routing_stats
-from cluster.ranks import Ranks, first_line
-from cluster.reports import GroupReport, Instruction, InstructionAnswer
+from cluster.ranks import Ranks, engine_name, first_line
+from cluster.reports import GroupReport, Instruction, InstructionAnswer, MigrationOrder
 from cluster.scaling import WANTED
 from engine.config import EngineConfig
 from engine.control import OrderAnswer
 from engine.errors import BallonetError, EngineDeadError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo
+from engine.migration import Migrated, MigrationResult
+from engine.request_wire import EngineAddress
 
 _SHUTDOWN_S = 10.0
 _WATCH_S = 0.5  # between two looks at the ranks; a call that fails tells at once
@@ -79,6 +81,8 @@ class TpGroup:
             config = dataclasses.replace(config, num_threads=max(1, threads))
         self._config = config
         self._wanted_replicas = 0
+        self._migration: asyncio.Task[None] | None = None
+        self._last_migration = (-1, -1)
         self._death: EngineDeadError | None = None
         self._watch: asyncio.Task[None] | None = None
         self._step_timeout_s = config.step_timeout_s
@@ -87,6 +91,7 @@ class TpGroup:
         self._together = asyncio.create_task(self._end_together())
         try:
             self._info: EngineInfo = await self._engine.info.remote()
+            self._door: EngineAddress = await self._engine.door.remote()
         except RayTaskError as error:
             self._ranks.kill()
             raise error.cause from None
@@ -109,15 +114,24 @@ class TpGroup:
         """Facts of the loaded engine."""
         return self._info
 
-    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> Refusal | None:
-        """Returns when the engine has sent the last delta to `reply_to`, or why there will be none.
-        Cancelling cancels in the engine."""
+    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> Refusal | Migrated | None:
+        """Returns when the engine has sent the last delta to `reply_to`, or why there will be none, or which
+        group goes on with the request: its `attend` is to be called. Cancelling cancels in the engine."""
         if self._death is not None:
             return Refusal(self._death, was_begun=False)
-        call = self._engine.generate.remote(request, reply_to)
+        return await self._answer(self._engine.generate.remote(request, reply_to), request.request_id)
+
+    async def attend(self, moved: Migrated, request_id: str, reply_to: ReplyTo) -> Refusal | Migrated | None:
+        """As `generate`, for a request that has moved here."""
+        if self._death is not None:
+            return Refusal(self._death)
+        call = self._engine.attend.remote(moved.migration_id, request_id, reply_to)
+        return await self._answer(call, request_id)
+
+    async def _answer(self, call: Any, request_id: str) -> Refusal | Migrated | None:
         has_ended = False
         try:
-            await call
+            migrated: Migrated | None = await call
             has_ended = True
         except RayActorError as error:
             has_ended = True
@@ -135,8 +149,8 @@ class TpGroup:
             if not has_ended:
                 # Where Serve cancels this call, Ray cancels the engine's as well, and may cancel this very
                 # message with it (seen with Ray 2.60): either way is enough.
-                self._engine.cancel.remote(request.request_id)
-        return None
+                self._engine.cancel.remote(request_id)
+        return migrated
 
     async def snapshot(self) -> EngineSnapshot | None:
         """Facts of this moment; None when the engine is dead."""
@@ -184,19 +198,44 @@ class TpGroup:
         answer: OrderAnswer | None = None
         with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):  # the controller says it again
             answer = await asyncio.wait_for(self._engine.apply.remote(mine.order), _ENGINE_S)
+        if mine.migration is not None:
+            self._begin_migration(mine.migration)
         return InstructionAnswer(group_id, answer)
+
+    def _begin_migration(self, order: MigrationOrder) -> None:
+        """Move a request in the background, one at a time; an order that is not new is done already."""
+        number = order.epoch, order.revision
+        is_busy = self._migration is not None and not self._migration.done()
+        if number > self._last_migration and not is_busy:
+            self._last_migration = number
+            self._migration = asyncio.create_task(self._migrate(order))
+
+    async def _migrate(self, order: MigrationOrder) -> None:
+        target = engine_name(order.group_id)
+        try:
+            result: MigrationResult = await self._engine.migrate.remote(
+                target, order.group_id, min_stay_s=order.min_stay_s
+            )
+        except (RayActorError, RayTaskError) as error:
+            result = MigrationResult("failed", first_line(error))
+        self._metrics.migrated(self._config.model.model_id, result)
+        if result.outcome == "migrated":
+            told = f"{result.num_bytes / 2**20:.0f} MiB in {result.seconds:.2f} s"
+        else:
+            told = result.reason
+        _log.info("migration to %s: %s (%s)", order.group_id, result.outcome, told)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `cluster.scaling` reads: the groups that this model should have; 0 if nobody has said."""
         return {WANTED: float(self._wanted_replicas)}
 
-    async def record_routing_stats(self) -> dict[str, float]:
+    async def record_routing_stats(self) -> dict[str, Any]:
         """What `cluster.router` reads. Serve asks once per period, which also paces the metrics."""
         snapshot = await self.snapshot()
         if snapshot is None:
             return {}
         self._metrics.export(snapshot)
-        return routing_stats(snapshot, self._config.slo.ttft_ms / 1e3)
+        return routing_stats(snapshot, self._config.slo.ttft_ms / 1e3, self._door)
 
     async def check_health(self) -> None:
         """Tells what the watch has found. Serve replaces the replica if it raises, or is gone."""
@@ -210,6 +249,7 @@ class TpGroup:
         if self._watch is not None:
             self._watch.cancel()
         with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
+            await self._engine.drain.remote()  # Serve kills a replica that takes longer than it may
             await asyncio.wait_for(self._engine.shutdown.remote(), _SHUTDOWN_S)
         self._ranks.kill()
 

@@ -144,7 +144,7 @@ class _Front:
                 model_id = model.model_id
                 body.check()
                 slo = read_slo(request.headers)
-                info, tokenizer = await asyncio.gather(model.info(), model.tokenizer())
+                info, tokenizer = await model.info(), await model.tokenizer()
                 key = state.api_key_digest if self._config.salts_by_api_key else b""
                 call = _Call(state.request_id, key, slo, arrived_s, deadline_s, model, info, tokenizer)
                 return await until_disconnect(request.receive, answer(call, body))

@@ -20,6 +20,7 @@ from ray import serve
 
 from cluster.app import build
 from cluster.config import LLMConfig, ServeFile
+from cluster.gpu_needs import shortage
 from engine.errors import BallonetError, ConfigError
 
 Progress = Callable[[str], None]
@@ -54,6 +55,20 @@ def require_port(file: ServeFile) -> None:
                 f"port {port} on {host} cannot be used ({error.strerror}); "
                 "stop the other server or change http_options.port"
             ) from error
+
+
+def require_gpus(file: ServeFile) -> None:
+    """Raises ConfigError when a Ray of this machine alone lacks GPUs that the file's first groups need."""
+    if lack := shortage(file, node_gpus()):
+        raise ConfigError(
+            f"{lack}; lower num_replicas, min_replicas or tensor_parallel_size, set engine_kwargs.device to "
+            "cpu, or deploy on a Ray cluster that has them (--address)"
+        )
+
+
+def node_gpus() -> list[float]:
+    """GPUs of each node of the cluster that is up, as Ray counts them."""
+    return [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
 def _require_model(llm: LLMConfig) -> None:
@@ -130,7 +145,7 @@ def deployed(
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        _wait(names, progress)
+        _wait(file, progress)
         is_up = True
         host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
         yield f"http://{host}:{options.port}"
@@ -148,9 +163,15 @@ def _remove(names: list[str], progress: Progress, waits: bool) -> None:
             progress(f"{name} still has open requests; Serve goes on removing it")
 
 
-def _wait(names: list[str], progress: Progress) -> None:
+def _wait(file: ServeFile, progress: Progress) -> None:
+    names = [application.name for application in file.applications]
     said: dict[str, str] = {}
     while True:
+        # Serve says for 30 s nothing of what it cannot place, and then not what is lacking.
+        lack = shortage(file, node_gpus())
+        if lack and said.get("") != lack:
+            said[""] = lack
+            progress(f"waiting for nodes with GPUs: {lack}")
         applications = serve.status().applications
         statuses = [applications[name] for name in names if name in applications]
         for status in statuses:

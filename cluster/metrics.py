@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from engine.messages import EngineSnapshot, MemorySnapshot
+from engine.migration import MigrationResult
 
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _ITL_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -95,6 +96,12 @@ REGISTRY: tuple[Metric, ...] = (
     ),
     Metric("ballonet_pool_created_bytes", "gauge", "bytes", "The pool's memory with physical backing."),
     Metric(
+        "ballonet_pool_limit_bytes",
+        "gauge",
+        "bytes",
+        "What the pool may come to: as configured, or by the controller's order where groups share a device.",
+    ),
+    Metric(
         "ballonet_driver_calls",
         "counter",
         "calls",
@@ -112,7 +119,8 @@ REGISTRY: tuple[Metric, ...] = (
         "counter",
         "decisions",
         "What was decided about who computes: park_for_prompt, park_for_turn, park_for_growth, return, "
-        "recompute, shed, fetch_prefix; and of the room for new prompts in the balloon, deflate and inflate.",
+        "recompute, shed, fetch_prefix, migrate_in; and of the room for new prompts in the balloon, deflate "
+        "and inflate.",
         ("model_name", "decision"),
     ),
     Metric(
@@ -129,6 +137,18 @@ REGISTRY: tuple[Metric, ...] = (
         "bytes",
         "KV copied between the device and the balloon, out and in.",
         ("model_name", "direction"),
+    ),
+    Metric(
+        "ballonet_migrations",
+        "counter",
+        "requests",
+        "Parked requests that were to move to another group, by what became of it: migrated, not_movable, "
+        "refused (by the other group) or failed.",
+        ("model_name", "outcome"),
+    ),
+    Metric("ballonet_migrated_bytes", "counter", "bytes", "KV of requests that moved to another group."),
+    _histogram(
+        "ballonet_migration_seconds", "s", "From the order until a request had left its group.", _TICK_S
     ),
     Metric("ballonet_deposited_tokens", "gauge", "tokens", "Tokens held back: ahead of their clients' pace."),
     Metric(
@@ -151,8 +171,8 @@ REGISTRY: tuple[Metric, ...] = (
         "ballonet_controller_decisions",
         "counter",
         "decisions",
-        "Levers that the controller moved: balloon, weight and retention, _up or _down, ask_for_replicas and "
-        "give_replicas_up; and why.",
+        "Levers that the controller moved: balloon, pool, weight and retention, _up or _down, "
+        "ask_for_replicas, give_replicas_up and migrate; and why.",
         ("action", "reason"),
     ),
     Metric(
@@ -167,6 +187,13 @@ REGISTRY: tuple[Metric, ...] = (
         "gauge",
         "bytes",
         "Host memory of a group's balloon: ordered, there, and needed by the controller's reckoning.",
+        ("model_name", "group", "state"),
+    ),
+    Metric(
+        "ballonet_controller_pool_bytes",
+        "gauge",
+        "bytes",
+        "A group's pool on a shared device: ordered, there, and needed by the controller's reckoning.",
         ("model_name", "group", "state"),
     ),
     Metric("ballonet_controller_wanted_replicas", "gauge", "groups", "Groups that a model should have."),
@@ -298,6 +325,7 @@ class GroupMetrics(Feeder):
             "kv_cache_usage_perc": memory.kv / memory.total if memory.total else 0.0,
             "kv_cache_tokens": memory.kv_tokens,
             "pool_created_bytes": memory.created * memory.chunk_bytes,
+            "pool_limit_bytes": memory.limit * memory.chunk_bytes,
             "engine_step_seconds": snapshot.last_step_s,
         }
         counters = {
@@ -318,6 +346,13 @@ class GroupMetrics(Feeder):
         for owner, num_bytes in memory_by_owner(memory).items():
             self.send("memory_bytes", num_bytes, model_name=model, owner=owner)
         self._export_balloon(snapshot)
+
+    def migrated(self, model_id: str, result: MigrationResult) -> None:
+        """A request was to move to another group."""
+        self.send("migrations", 1, model_name=model_id, outcome=result.outcome)
+        self.send("migrated_bytes", result.num_bytes, model_name=model_id)
+        if result.outcome == "migrated":
+            self.send("migration_seconds", result.seconds, model_name=model_id)
 
     def _export_balloon(self, snapshot: EngineSnapshot) -> None:
         model, memory = snapshot.model_id, snapshot.memory

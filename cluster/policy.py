@@ -14,14 +14,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.host_shares import Claim, divide
 from cluster.policy_facts import Facts, Levers, Outlook, facts_of, look
+from cluster.policy_memory import divide_devices, divide_hosts
+from cluster.policy_migration import DWELL_S, MigrationState, plan_migrations
 from cluster.policy_models import ModelState, judge_models
-from cluster.reports import GroupReport, Instruction
+from cluster.reports import GroupReport, Instruction, MigrationOrder
 from engine.control import Order
 from engine.errors import ConfigError
-
-_SAME = 0.05  # what a node has available changes by less all the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,8 @@ class PolicyConfig:
             take nobody's memory away.
         dead_band: share of an equal part; moves of less are not made.
         dwell_s: a lever does not go back within; several times what a slab takes to change hands (0.2 s).
+        device_dwell_s, device_half_life_s: `dwell_s` and `need_half_life_s` of pools that share a device.
+            Their chunks change hands at 25 GiB/s: who was given memory has used it two or three looks later.
         target: share of promises to be kept. Below it a group counts as late.
         patience_s: lateness of next tokens that lasts so long is no burst, and beyond the engine's means.
         least_weight: admission weights do not go below; a group with less would hardly be heard of again.
@@ -56,6 +57,8 @@ class PolicyConfig:
     need_half_life_s: float = 5.0
     dead_band: float = 0.1
     dwell_s: float = 10.0
+    device_dwell_s: float = 3.0
+    device_half_life_s: float = 2.0
     target: float = 0.95
     patience_s: float = 5.0
     least_weight: float = 0.25
@@ -68,8 +71,12 @@ class PolicyConfig:
         for name in ("reserve", "floor", "dead_band", "target", "least_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"controller.{name} must be between 0 and 1, not {getattr(self, name)}")
-        if self.least_weight == 0 or self.headroom < 1 or self.need_half_life_s <= 0:
-            raise ConfigError("controller: least_weight, headroom - 1 and need_half_life_s must be above 0")
+        if (
+            self.least_weight == 0
+            or self.headroom < 1
+            or min(self.need_half_life_s, self.device_half_life_s) <= 0
+        ):
+            raise ConfigError("controller: least_weight, headroom - 1 and half lives must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,7 @@ class State:
     orders: Mapping[str, Order] = field(default_factory=dict)
     budgets: Mapping[str, int] = field(default_factory=dict)
     models: Mapping[str, ModelState] = field(default_factory=dict)
+    migrations: MigrationState = field(default_factory=MigrationState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,20 +156,26 @@ def decide(
         What is to be done, and the state for the next call.
     """
     groups = _look_at(reports, state, config, now)
-    budgets = _budgets(groups, state, config)
-    moved: dict[str, Outlook] = {}
-    for node_id, members in _by(groups, lambda facts: facts.node_id).items():
-        moved |= _divide_node(members, budgets[node_id], config, now)
+    moved, budgets = divide_hosts(groups, state.budgets, config, now)
+    moved = divide_devices(moved, config, now)
     models, replicas = judge_models(moved, state.models, config, now)
+    pairs, migrations = plan_migrations(moved, state.migrations, config, now)
     for members in _by(moved, lambda facts: facts.model_id).values():
         moved |= _weigh(members, config, now)
     moved = {group_id: _retain(one, config, now) for group_id, one in moved.items()}
     orders, revision = _orders(moved, state)
+    leaving = {
+        source: MigrationOrder(state.epoch, revision := revision + 1, target, DWELL_S)
+        for source, target in pairs.items()
+    }
     instructions = tuple(
-        Instruction(one.group_id, orders[one.group_id], replicas[one.model_id])
+        Instruction(one.group_id, orders[one.group_id], replicas[one.model_id], leaving.get(one.group_id))
         for one in reports
         if one.snapshot is not None
-        and (one.snapshot.order, one.wanted_replicas) != (orders[one.group_id], replicas[one.model_id])
+        and (
+            one.group_id in leaving
+            or (one.snapshot.order, one.wanted_replicas) != (orders[one.group_id], replicas[one.model_id])
+        )
     )
     actions = [action for group_id, one in moved.items() for action in _changes(group_id, groups, one)]
     actions += [
@@ -169,9 +183,10 @@ def decide(
         for model_id, model in models.items()
         if (why := model.changed)
     ]
+    actions += [Action(source, "migrate", "parked_late") for source in leaving]
     weights = {group_id: one.levers.weight.value for group_id, one in moved.items()}
     done = Decision(instructions, weights, replicas, tuple(actions))
-    return done, State(state.epoch, revision, moved, orders, budgets, models)
+    return done, State(state.epoch, revision, moved, orders, budgets, models, migrations)
 
 
 def _look_at(
@@ -179,59 +194,12 @@ def _look_at(
 ) -> dict[str, Outlook]:
     """Every group as it is now, after what is remembered of it."""
     groups = {group_id: one for group_id, one in state.groups.items() if now - one.seen_s <= config.forget_s}
+    half_lives = config.need_half_life_s, config.device_half_life_s
     for report in reports:
         facts = facts_of(report)
         if facts is not None:
-            groups[facts.group_id] = look(facts, groups.get(facts.group_id), config.need_half_life_s, now)
+            groups[facts.group_id] = look(facts, groups.get(facts.group_id), half_lives, now)
     return groups
-
-
-def _budgets(groups: Mapping[str, Outlook], state: State, config: PolicyConfig) -> dict[str, int]:
-    """Bytes for balloons on each node: what is available, and what they have, less the reserve."""
-    budgets = {}
-    for node_id, members in _by(groups, lambda facts: facts.node_id).items():
-        held = sum(one.facts.physical for one in members.values())
-        host = next((one.facts for one in members.values()), None)
-        budget = config.host_memory_bytes
-        if budget is None and host is not None:
-            budget = max(0, host.host_available + held - int(config.reserve * host.host_total))
-        before = state.budgets.get(node_id)
-        is_same = before is not None and abs((budget or 0) - before) < _SAME * before
-        budgets[node_id] = before if is_same and before is not None else budget or 0
-    return budgets
-
-
-def _divide_node(
-    members: Mapping[str, Outlook], budget: int, config: PolicyConfig, now: float
-) -> dict[str, Outlook]:
-    """The balloons of a node's groups, moved."""
-    elastic = {group_id: one for group_id, one in members.items() if one.facts.slab}
-    claims = [
-        Claim(
-            group_id,
-            int(one.levers.size.value),
-            one.facts.physical,
-            int(one.need * config.headroom),
-            one.facts.slab,
-            one.levers.size.may_move(1, now, config.dwell_s),
-            one.levers.size.may_move(-1, now, config.dwell_s),
-        )
-        for group_id, one in elastic.items()
-    ]
-    if not claims:
-        return dict(members)
-    floor = int(config.floor * budget / len(claims))
-    sizes = divide(claims, budget, floor, int(config.dead_band * budget / len(claims)))
-    return dict(members) | {
-        group_id: one.with_size(sizes[group_id], now, _why(one, sizes[group_id], config))
-        for group_id, one in elastic.items()
-    }
-
-
-def _why(one: Outlook, size: int, config: PolicyConfig) -> str:
-    if size < one.levers.size.value:
-        return "others_need"
-    return "need" if one.need * config.headroom > one.levers.size.value else "unused"
 
 
 def _weigh(members: Mapping[str, Outlook], config: PolicyConfig, now: float) -> dict[str, Outlook]:
@@ -270,10 +238,11 @@ def _orders(groups: Mapping[str, Outlook], state: State) -> tuple[dict[str, Orde
     for group_id, one in groups.items():
         size = int(one.levers.size.value) // one.facts.num_ranks
         order = state.orders.get(group_id)
-        levers = size, size, one.levers.retention.value, one.levers.weight.value
+        limit = int(one.levers.pool.value) // one.facts.num_ranks or None
+        levers = size, size, one.levers.retention.value, one.levers.weight.value, limit
         if order is None or order.levers != levers:
             revision += 1
-            order = Order(state.epoch, revision, *levers, reason=one.reason)
+            order = Order(state.epoch, revision, *levers[:4], one.reason, levers[4])
         orders[group_id] = order
     return orders, revision
 
@@ -282,6 +251,7 @@ def _changes(group_id: str, before: Mapping[str, Outlook], now: Outlook) -> list
     was = before[group_id].levers
     pairs = (
         ("balloon", was.size, now.levers.size),
+        ("pool", before[group_id].pool_lever, now.pool_lever),
         ("weight", was.weight, now.levers.weight),
         ("retention", was.retention, now.levers.retention),
     )

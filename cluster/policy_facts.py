@@ -14,6 +14,11 @@ from engine.messages import EngineSnapshot
 JUDGED_S = 10.0  # promises of that long ago count 1/e: a few hundred requests at 30 a second
 ENOUGH = 5.0  # promises, faded, to judge by
 _USABLE = 0.9  # of the pool, for KV: activations and the ends of chunks take the rest
+_KEPT, _FULL, _STEP = (
+    0.95,
+    0.8,
+    1.25,
+)  # late with a full pool: a quarter more, and again if that is too little
 _TYPICAL = 1 / 16  # of the pool, for a sequence, until one has been seen
 
 
@@ -26,6 +31,10 @@ class Facts:
         physical, limit: of the balloon: there, and allowed.
         held: of it, KV that sequences need.
         pool, kv: of the device, and of it KV of live sequences.
+        device: that the group shares with others, named within the node; empty if it has it alone.
+        pool_own, pool_limit, pool_held, pool_floor: what its pool is configured to, what it may have by the
+            order that it obeys, what it has, and what it needs for the longest of its requests.
+        chunk: what pools grow and shrink by.
         first, paced: (kept, not kept) promises since start.
     """
 
@@ -43,12 +52,19 @@ class Facts:
     num_waiting_late: int
     num_running: int
     num_parked: int
+    num_parked_late: int
     expected_ttft_s: float
     ttft_slo_s: float
     first: tuple[int, int]
     paced: tuple[int, int]
     host_total: int
     host_available: int
+    device: str = ""
+    pool_own: int = 0
+    pool_limit: int = 0
+    pool_held: int = 0
+    pool_floor: int = 0
+    chunk: int = 1
 
     @property
     def num_open(self) -> int:
@@ -78,12 +94,19 @@ def facts_of(report: GroupReport) -> Facts | None:
         num_waiting_late=now.num_waiting_late,
         num_running=now.num_running,
         num_parked=now.num_parked,
+        num_parked_late=now.num_parked_late,
         expected_ttft_s=now.expected_ttft_s,
         ttft_slo_s=report.ttft_slo_s,
         first=(now.first_in_time, now.first_late),
         paced=(now.paced_in_time, now.paced_late),
         host_total=host.total_bytes if host else 0,
         host_available=host.available_bytes if host else 0,
+        device=now.shared_device,
+        pool_own=memory.configured * unit,
+        pool_limit=memory.limit * unit,
+        pool_held=memory.created * unit,
+        pool_floor=memory.floor * unit,
+        chunk=unit,
     )
 
 
@@ -106,17 +129,20 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class Levers:
-    """All of one group. `size`: of its balloon, in bytes of the node."""
+    """All of one group, in bytes of the node. `size`: of its balloon. `pool`: the limit of its pool, where it
+    shares a device; 0 as long as nobody has divided that.
+    """
 
     size: Lever
     weight: Lever = Lever(1.0)
     retention: Lever = Lever(1.0)
+    pool: Lever = Lever(0.0)
 
     @classmethod
     def of_order(cls, order: Order, num_ranks: int, now: float) -> Levers:
         """Where an earlier controller left them; they rest for a dwell time."""
-        size = order.balloon_logical_bytes * num_ranks
-        return cls(*(Lever(value, 0, now) for value in (size, order.admission_weight, order.retention)))
+        size, pool = order.balloon_logical_bytes * num_ranks, (order.pool_bytes or 0) * num_ranks
+        return cls(*(Lever(value, 0, now) for value in (size, order.admission_weight, order.retention, pool)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +171,7 @@ class Outlook:
 
     Attributes:
         need: host memory that it could make use of; what has gone fades.
+        pool_need: the same of a device that it shares.
         seen_s: of the facts.
         sequence_bytes: KV of an open request, on average.
         first, pace: promises of first and next tokens.
@@ -157,6 +184,7 @@ class Outlook:
     levers: Levers
     need: float
     seen_s: float
+    pool_need: float = 0.0
     sequence_bytes: float = 0.0
     first: Kept = Kept()
     pace: Kept = Kept()
@@ -171,6 +199,21 @@ class Outlook:
         verb = "grow" if size > self.levers.size.value else "shrink"
         told = f"balloon: {verb} to {size / 2**30:.2f} GiB ({why}; it needs {self.need / 2**30:.2f})"
         return self._moved("balloon", replace(self.levers, size=self.levers.size.to(size, now)), told, why)
+
+    @property
+    def pool_lever(self) -> Lever:
+        """The limit of its pool; where nobody has moved it yet, as the engine has it."""
+        return self.levers.pool if self.levers.pool.value else Lever(self.facts.pool_limit)
+
+    def with_pool(self, size: int, now: float, why: str) -> Outlook:
+        """The limit of its pool moved, or is the controller's from now on."""
+        before = self.pool_lever
+        levers = replace(self.levers, pool=before.to(size, now))
+        if size == before.value:
+            return replace(self, levers=levers)
+        verb = "grow" if size > before.value else "shrink"
+        told = f"pool: {verb} to {size / 2**30:.2f} GiB ({why}; it needs {self.pool_need / 2**30:.2f})"
+        return self._moved("pool", levers, told, why)
 
     def with_lever(
         self, name: Literal["weight", "retention"], value: float, now: float, dwell_s: float, why: str
@@ -191,8 +234,12 @@ def _may(lever: Lever, value: float, now: float, dwell_s: float) -> bool:
     return value != lever.value and now - lever.moved_s >= dwell_s
 
 
-def look(facts: Facts, before: Outlook | None, half_life_s: float, now: float) -> Outlook:
-    """A group after its newest report."""
+def look(facts: Facts, before: Outlook | None, half_lives_s: tuple[float, float], now: float) -> Outlook:
+    """A group after its newest report.
+
+    Args:
+        half_lives_s: of what it needed of its host, and of its device.
+    """
     if before is None:
         before = Outlook(facts, Levers(Lever(facts.limit)), 0.0, now)
     passed_s = max(0.0, now - before.seen_s)
@@ -200,14 +247,26 @@ def look(facts: Facts, before: Outlook | None, half_life_s: float, now: float) -
     size = (facts.kv + facts.held) / num_there if num_there else 0.0
     size = size or before.sequence_bytes or facts.pool * _TYPICAL
     beyond_device = facts.num_open * size - _USABLE * facts.pool
-    faded = min(before.need, before.levers.size.value) * 0.5 ** (passed_s / half_life_s)
-    needed = max(facts.held, beyond_device, faded)
+    fade, pool_fade = (0.5 ** (passed_s / half_life_s) for half_life_s in half_lives_s)
+    needed = max(facts.held, beyond_device, min(before.need, before.levers.size.value) * fade)
     return replace(
         before,
         facts=facts,
         need=needed,
+        pool_need=_pool_need(facts, before, size, pool_fade),
         seen_s=now,
         sequence_bytes=size,
         first=before.first.then(before.facts.first, facts.first, passed_s),
         pace=before.pace.then(before.facts.paced, facts.paced, passed_s),
     )
+
+
+def _pool_need(facts: Facts, before: Outlook, sequence_bytes: float, fade: float) -> float:
+    """Of a device: room for the KV of all open requests, those that wait too; more where that does not do."""
+    if not facts.device:
+        return 0.0
+    needed = facts.num_open * sequence_bytes / _USABLE
+    is_late = facts.num_waiting_late > 0 or before.first.share < _KEPT
+    if is_late and facts.kv >= _FULL * facts.pool:
+        needed = max(needed, facts.pool * _STEP)
+    return max(facts.pool_floor, facts.kv, needed, min(before.pool_need, before.facts.pool_limit) * fade)

@@ -17,8 +17,10 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.messages import EngineSnapshot
+from engine.request_wire import EngineAddress
 
 STALE_S = 3.0  # six periods of the push: older facts say nothing about now
 CROWD_S = 0.02
@@ -116,8 +118,10 @@ def rank_groups(loads: Sequence[GroupLoad], ask: Ask, rng: random.Random) -> lis
     return fresh + stale
 
 
-def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float) -> dict[str, float]:
-    """What a group pushes; `load_of` reads it."""
+def routing_stats(
+    snapshot: EngineSnapshot, ttft_slo_s: float, door: EngineAddress | None = None
+) -> dict[str, Any]:
+    """What a group pushes; the router reads it."""
     memory, order = snapshot.memory, snapshot.order
     # Of live sequences alone: cached prefixes are given up when a request needs their memory.
     pool = memory.kv / max(memory.total, 1)
@@ -132,6 +136,7 @@ def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float) -> dict[str, floa
         "pressure": min(pool, balloon),
         "weight": order.admission_weight if order is not None else 1.0,
         "capacity_tokens": _capacity_tokens(snapshot),
+        "door": None if door is None else (door.address, door.secret.hex()),
         "beat_s": snapshot.monotonic_s,  # an idle group's other facts do not change
     }
 
@@ -151,6 +156,14 @@ def load_of(stats: Mapping[str, float], queue_len: int, unseen_tokens: int, age_
         unseen_tokens=unseen_tokens,
         age_s=age_s,
     )
+
+
+def door_of(stats: Mapping[str, Any]) -> EngineAddress | None:
+    """Where the group's engine takes requests past Ray; None if it has not told."""
+    if (told := stats.get("door")) is None:
+        return None
+    address, secret = told
+    return EngineAddress(address, bytes.fromhex(secret))
 
 
 def _capacity_tokens(snapshot: EngineSnapshot) -> float:

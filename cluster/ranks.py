@@ -81,12 +81,22 @@ async def _reason(following: Any) -> str:
     return "ended with the first one"
 
 
+def engine_name(group_id: str) -> str:
+    """The actor of the engine of a group of the same model as this one's."""
+    replica = serve.get_replica_context()
+    return _name(replica.app_name, replica.deployment, group_id, 0)
+
+
+def _name(app: str, deployment: str, group_id: str, rank: int) -> str:
+    return f"{app}:{deployment}:{group_id}:rank{rank}"
+
+
 def _bundle(kind: type, resources: Mapping[str, float], rank: int, max_concurrency: int) -> Any:
     """An actor class, bound to the rank's bundle and to a name that tells whose it is."""
     replica = serve.get_replica_context()
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     return ray.remote(kind).options(
-        name=f"{replica.app_name}:{replica.deployment}:{replica.replica_tag}:rank{rank}",
+        name=_name(replica.app_name, replica.deployment, replica.replica_tag, rank),
         num_cpus=resources.get("CPU", 0),
         num_gpus=resources.get("GPU", 0),
         resources=others or None,

@@ -29,6 +29,22 @@ class GroupReport:
 
 
 @dataclass(frozen=True, slots=True)
+class MigrationOrder:
+    """Move the parked request whose client has waited longest, of those that can move.
+
+    Attributes:
+        epoch, revision: a number as an order's; one that is not higher than the last is done already.
+        group_id: where to; another group of the same model.
+        min_stay_s: one that came by a migration stays so long.
+    """
+
+    epoch: int
+    revision: int
+    group_id: str
+    min_stay_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Instruction:
     """What the controller wants of one group.
 
@@ -36,11 +52,13 @@ class Instruction:
         group_id: who is meant.
         order: for its engines.
         wanted_replicas: groups that its model should have, for Serve's autoscaler.
+        migration: begun once; whether it came about, the next reports tell.
     """
 
     group_id: str
     order: Order
     wanted_replicas: int
+    migration: MigrationOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,10 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
-from cluster.ranking import Ask, GroupLoad, load_of, rank_groups
+from cluster.ranking import Ask, GroupLoad, door_of, load_of, rank_groups
+from cluster.request_courier import Handover
 from engine.messages import GenerateRequest
+from engine.migration import Migrated
 
 _LAG_S = 0.2  # facts are so old when they come, at least: what was sent before may not be in them
 CHOSEN_S = 1.0  # sending follows a choice within milliseconds; after this it was not sent at all
@@ -136,7 +138,12 @@ class SloRouter(FIFOMixin, RequestRouter):
         if pending_request is not None:
             # Else Serve asks again without a pause while every group is full.
             pending_request.routing_context.should_backoff = True
+            _recall_refused(pending_request)
         now = self._clock()
+        home = _home_of(pending_request, candidate_replicas)
+        if home is not None and pending_request is not None:
+            self._in_flight.choose(pending_request.future, home.replica_id, now)
+            return [[home]]
         counts = self._in_flight.counts(now)
         loads = [self._load(replica, counts[replica.replica_id], now) for replica in candidate_replicas]
         names = [replica.replica_id for replica in candidate_replicas]
@@ -163,6 +170,14 @@ class SloRouter(FIFOMixin, RequestRouter):
             if pending.metadata is request_metadata and not pending.future.done():
                 return pending
         return None
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: object = None) -> None:
+        """Here a request's group is known, and its engine may begin, before Serve's call is sent."""
+        pending = self._get_pending_request_matching_metadata(request_metadata)
+        handover = _handover_of(pending) if pending is not None else None
+        if handover is not None and (door := door_of(replica.routing_stats)) is not None:
+            handover.send_to(door)
+        super()._fulfill_next_pending_request(replica, request_metadata)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Called by Serve for each request that it sends."""
@@ -201,6 +216,25 @@ class SloRouter(FIFOMixin, RequestRouter):
             self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
             float("inf") if changed_s is None else now_s - changed_s,
         )
+
+
+def _recall_refused(pending: PendingRequest) -> None:
+    """Serve asks again for a request that its group has refused: with a new future."""
+    if (handover := _handover_of(pending)) is not None and not pending.future.done():
+        handover.recall()
+
+
+def _handover_of(pending: PendingRequest) -> Handover | None:
+    second = pending.args[1] if len(pending.args) > 1 else None
+    return second if isinstance(second, Handover) else None
+
+
+def _home_of(pending: PendingRequest | None, candidates: Sequence[RunningReplica]) -> RunningReplica | None:
+    """The group that a request has moved to; it alone knows it."""
+    moved = pending.args[0] if pending is not None and pending.args else None
+    if not isinstance(moved, Migrated):
+        return None
+    return next((one for one in candidates if one.replica_id.unique_id == moved.group_id), None)
 
 
 def _request_of(pending: PendingRequest | None) -> GenerateRequest | None:

@@ -7,7 +7,7 @@ group died before its first token to another. The request goes by Serve, its tok
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
@@ -15,12 +15,15 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.group import TRIM_S, Refusal
+from cluster.request_courier import Handover, RequestCourier
 from cluster.token_inbox import TokenInbox, TokenStream
 from cluster.tokenizer import Tokenizer
 from engine.errors import BallonetError, EngineDeadError, OverloadedError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, TokenDelta
+from engine.migration import Migrated
 
 T = TypeVar("T")
+_Follow = Callable[[Migrated], DeploymentResponse[Any]]
 
 _ANSWER_S = 2.0  # a group that takes longer to answer a control call is not well
 _TRIM_S = TRIM_S + 5.0  # a group answers in TRIM_S whatever its engine does
@@ -38,7 +41,7 @@ class GroupsOfModel:
         created: Unix time of the deployment.
         tokenizer: loaded, so that no request waits for it and its faults show at start.
         handle: of the model's TpGroup deployment.
-        inbox: of this process.
+        inbox, courier: of this process.
         last_delta_s: how long after the end of a call its last delta may come.
         no_group_s: how long a request waits where no group is up.
     """
@@ -50,6 +53,7 @@ class GroupsOfModel:
         tokenizer: Tokenizer,
         handle: DeploymentHandle[Any],
         inbox: TokenInbox,
+        courier: RequestCourier,
         last_delta_s: float = LAST_DELTA_S,
         no_group_s: float = NO_GROUP_S,
     ) -> None:
@@ -58,7 +62,9 @@ class GroupsOfModel:
         self._tokenizer = tokenizer
         self._handle = handle
         self._generate = handle.options(method_name="generate")
+        self._attend = handle.options(method_name="attend")
         self._inbox = inbox
+        self._courier = courier
         self._last_delta_s = last_delta_s
         self._no_group_s = no_group_s
         self._info: EngineInfo | None = None
@@ -96,22 +102,28 @@ class GroupsOfModel:
         """A call and its first delta. A group that dies may have died of the request: it gets a second
         one, and no third."""
         loop = asyncio.get_running_loop()
-        num_begun, give_up_s = 0, loop.time() + _REROUTE_S
+        num_begun, refused_s = 0, float("inf")  # since when only groups have refused it that were dead before
         while True:
             stream = self._inbox.open(request.request_id)
-            response = self._generate.remote(request, stream.reply_to)
-            call = _Call(self.model_id, response, stream, self._last_delta_s)
+            call = _Call(self.model_id, stream, self._last_delta_s, self._follow(request, stream))
+            call.send(self._generate, Handover(self._courier, request, stream, call.keep), request)
             try:
                 return call, await self._first(call)
             except _GroupDiedError as death:
                 call.close()
-                num_begun += death.was_begun
-                if num_begun > 1 or loop.time() > give_up_s:
+                was_begun = death.was_begun or call.was_begun
+                num_begun += was_begun
+                refused_s = float("inf") if was_begun else min(refused_s, loop.time())
+                if num_begun > 1 or loop.time() - refused_s > _REROUTE_S:
                     raise
             except BaseException:
                 call.close()
                 raise
             await asyncio.sleep(_REROUTE_PAUSE_S)
+
+    def _follow(self, request: GenerateRequest, stream: TokenStream) -> _Follow:
+        """What calls the group that a request has moved to. Its tokens come to the same stream."""
+        return lambda moved: self._attend.remote(moved, request.request_id, stream.reply_to)
 
     async def _first(self, call: _Call) -> TokenDelta:
         """The first delta. A group may take long to come to it; but Serve would wait forever for a group."""
@@ -167,38 +179,63 @@ class _GroupDiedError(EngineDeadError):
 class _Call:
     """One attempt at one request: a call of a group that is open as long as it, and the stream it fills.
 
-    The last delta ends the stream. The end of the call, which may come before it, matters if it is an error.
+    The last delta ends the stream. The end of the call, which may come before it, matters if it is an error,
+    or if the request has moved to another group, which is called then: all tokens of the first one are here,
+    and the other one says none before.
     """
 
-    def __init__(
-        self, model_id: str, response: DeploymentResponse[Any], stream: TokenStream, last_delta_s: float
-    ) -> None:
+    def __init__(self, model_id: str, stream: TokenStream, last_delta_s: float, follow: _Follow) -> None:
         self.stream = stream
         self.has_ended = False
         self._model_id = model_id
-        self._response = response
         self._last_delta_s = last_delta_s
+        self._is_kept = False
+        self._follow = follow
         self._timer: asyncio.TimerHandle | None = None
+
+    def send(self, generate: Any, handover: Handover, request: GenerateRequest) -> None:
+        """Make the call."""
+        self._handover = handover
+        self._response: DeploymentResponse[Any] = generate.remote(request, handover)
         self._task = asyncio.create_task(self._watch())
+
+    @property
+    def was_begun(self) -> bool:
+        """Whether an engine may have had the request before the call came there."""
+        return self._handover.was_begun
+
+    def keep(self) -> None:
+        """The request goes on without the call, which was refused too late."""
+        self._is_kept = True
+        self._end_call()
 
     def close(self) -> None:
         """Nobody reads any more: cancel what has not ended."""
         self.stream.close()
         if self._timer is not None:
             self._timer.cancel()
-        elif not self.has_ended and not self._task.done():
-            # Dropping the response is not enough: measured with Ray 2.60, the group generates on.
-            self._response.cancel()
-            self._task.cancel()
+        if not self.has_ended:
+            self._handover.close()
+            if self._timer is None and not self._task.done():
+                self._end_call()
+
+    def _end_call(self) -> None:
+        # Dropping the response is not enough: measured with Ray 2.60, the group generates on.
+        self._response.cancel()
+        self._task.cancel()
 
     async def _watch(self) -> None:
         try:
-            refusal: Refusal | None = await self._response
+            refusal: Refusal | Migrated | None = await self._response
+            while isinstance(refusal, Migrated):
+                self._response = self._follow(refusal)
+                refusal = await self._response
         except Exception as error:
-            self.stream.fail(self._explain(error))
+            if not self._is_kept:
+                self.stream.fail(self._explain(error))
             return
         if refusal is None:
-            lost = EngineDeadError("the engine ended this request, but its last tokens have not come")
+            lost = _GroupDiedError("the engine ended this request, but its last tokens have not come", True)
             if not self.has_ended:
                 self._timer = asyncio.get_running_loop().call_later(
                     self._last_delta_s, self.stream.fail, lost

@@ -14,12 +14,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
 from engine.control import HostSnapshot, Order, OrderAnswer
-from engine.errors import EngineDeadError, RequestError
+from engine.errors import BallonetError, EngineDeadError
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, ReplyTo, TokenDelta
+from engine.migration import (
+    Accepted,
+    Declined,
+    Migrated,
+    MigrationOffer,
+    MigrationResult,
+    SequenceState,
+)
+from engine.migrator import Migrator
+from engine.open_requests import OpenRequests
+from engine.request_door import RequestDoor
+from engine.request_wire import EngineAddress
 from engine.token_sender import TokenSender
 from engine.tp.place import RankPlace
 
@@ -29,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HOST_S = 1.0  # between two looks at the host's memory, which takes a fraction of a millisecond
+_DRAIN_S = 0.1  # between two looks
+_PEER_S = 30.0  # another engine answers between two steps, of which one may be a long prompt's
 _STOP_S = 10.0  # a step takes well under a second; a thread that needs longer is stuck
 
 
@@ -51,9 +65,12 @@ class EngineActor:
         self._place = place
         self._clock = clock
         self._sender = TokenSender(self._cancel)
+        self._requests = OpenRequests(self._sender, self._submit, self._cancel)
+        self._door: RequestDoor | None = None
         self._stop = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
+        self._migrator: Migrator | None = None
         self._failure: BaseException | None = None
         self._loaded = threading.Event()
         self._host: HostSnapshot | None = None
@@ -69,8 +86,9 @@ class EngineActor:
         """
         return (await self._ready()).info
 
-    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
-        """Sends the request's deltas to `reply_to` as they come, and returns when the last one is sent.
+    async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> Migrated | None:
+        """Sends the request's deltas to `reply_to` as they come, and returns when the last one is sent, or
+        where the request goes on: there `attend` is to be called.
 
         Whoever cancels this call cancels the request; so does an ingress that goes away.
 
@@ -78,20 +96,59 @@ class EngineActor:
             RequestError, OverloadedError: it was not taken.
             EngineDeadError: nobody can finish it here.
         """
-        engine = await self._ready()
+        await self._ready()
         self._loop = asyncio.get_running_loop()
-        if self._sender.is_open(request.request_id):
-            raise RequestError(f"a request with the id {request.request_id!r} is still open")
-        ended = self._sender.open(request.request_id, reply_to)
-        has_ended = False
-        try:
-            engine.submit(request)
-            await ended
-            has_ended = True
-        finally:
-            self._sender.close(request.request_id)
-            if not has_ended:
-                engine.cancel(request.request_id)
+        return await self._requests.run(request, reply_to)
+
+    async def door(self) -> EngineAddress:
+        """Where the engine takes requests past Ray, once it is loaded.
+
+        Raises:
+            ConfigError, ModelLoadError: why it could not be.
+        """
+        await self._ready()
+        if self._door is None:
+            self._loop = asyncio.get_running_loop()
+            self._door = RequestDoor(_address_of_node(), self._requests)
+        return self._door.door
+
+    async def attend(self, migration_id: str, request_id: str, reply_to: ReplyTo) -> Migrated | None:
+        """As `generate`, for a request that has moved here: it goes on from now on.
+
+        Raises:
+            EngineDeadError: it is not here, or nobody can finish it here.
+        """
+        migrator = await self._migrations()
+        self._loop = asyncio.get_running_loop()
+        return await self._requests.attend(request_id, reply_to, lambda: migrator.adopt(migration_id))
+
+    async def migrate(
+        self, target: str, group_id: str, request_id: str | None = None, min_stay_s: float = 0.0
+    ) -> MigrationResult:
+        """Move a parked request to another engine (`engine.migrator.Migrator.send`).
+
+        Args:
+            target: name of its actor.
+            group_id: of its replica.
+        """
+        return await (await self._migrations()).send(ActorPeer(target), group_id, request_id, min_stay_s)
+
+    async def prepare_migration(self, offer: MigrationOffer) -> Accepted | Declined:
+        """Make room for a request of another engine."""
+        return await (await self._migrations()).prepare(offer)
+
+    async def take_in(self, migration_id: str, state: SequenceState) -> Declined | None:
+        """All of a request has come; None if it is safe here."""
+        return await (await self._migrations()).take_in(migration_id, state)
+
+    async def forget(self, migration_id: str) -> None:
+        """A request does not come."""
+        await (await self._migrations()).forget(migration_id)
+
+    async def _migrations(self) -> Migrator:
+        if self._migrator is None:
+            self._migrator = Migrator(await self._ready(), self._sender, self._requests.is_claimed)
+        return self._migrator
 
     async def cancel(self, request_id: str) -> None:
         """End a request at the top of the next step; an id that is unknown or has ended is ignored."""
@@ -99,7 +156,8 @@ class EngineActor:
 
     async def snapshot(self) -> EngineSnapshot:
         """The engine's state after its newest step, and that of its host."""
-        return replace((await self._ready()).snapshot, host=self._look_at_host())
+        snapshot = (await self._ready()).snapshot
+        return replace(snapshot, host=self._look_at_host(), num_ranks=self._config.tensor_parallel_size)
 
     async def apply(self, order: Order) -> OrderAnswer:
         """Follow an order of the controller at the top of the next step (`engine.orders`).
@@ -148,12 +206,20 @@ class EngineActor:
             if not self._thread.is_alive():
                 raise EngineDeadError("the engine's thread has ended")
 
+    async def drain(self) -> None:
+        """Returns when no request is under way that no call waits for: Serve does not know of those."""
+        while self._engine is not None and self._requests.num_unclaimed:
+            self._check_alive()
+            await asyncio.sleep(_DRAIN_S)
+
     async def shutdown(self) -> None:
         """Stop the loop after the step in flight. Open requests end with an error."""
         self._stop.set()
         if self._engine is not None:
             self._engine.cancel("")  # wakes the loop
         await asyncio.to_thread(self._thread.join, _STOP_S)
+        if self._door is not None:
+            self._door.close()
         self._sender.shut()
 
     async def _ready(self) -> Engine:
@@ -172,7 +238,8 @@ class EngineActor:
 
         now = time.monotonic()
         if self._host is None or now - self._host_s >= _HOST_S:
-            node = ray.get_runtime_context().get_node_id()
+            # Outside Ray, as in a test, asking for the node would start a cluster.
+            node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
             self._host, self._host_s = HostSnapshot(node, total_bytes(), available_bytes()), now
         return self._host
 
@@ -180,7 +247,9 @@ class EngineActor:
         from engine.build import build_engine  # brings torch in
 
         try:
-            self._engine = build_engine(self._config, self._publish, place=self._place)
+            self._engine = build_engine(
+                self._config, self._publish, place=self._place, host=_address_of_node()
+            )
         except Exception as error:  # told to whoever asks; a thread has nobody to raise to
             logger.exception("engine did not start")
             self._failure = error
@@ -192,6 +261,11 @@ class EngineActor:
         gc.collect()
         gc.freeze()
         self._engine.run_until(self._stop)
+
+    def _submit(self, request: GenerateRequest) -> None:
+        if self._engine is None:
+            raise EngineDeadError("the engine was stopped before it was ready")
+        self._engine.submit(request)
 
     def _cancel(self, request_id: str) -> None:
         if self._engine is not None:
@@ -211,6 +285,53 @@ class EngineActor:
                     self._sender.fail(delta.request_id, death)
             deltas = [delta for delta in deltas if delta.finish_reason != "error"]
         self._sender.put(deltas)
+
+
+class ActorPeer:
+    """Another engine's actor. Implements `engine.migrator.Peer`.
+
+    Args:
+        name: of the actor, in this one's namespace.
+        timeout_s: for each answer.
+    """
+
+    def __init__(self, name: str, timeout_s: float = _PEER_S) -> None:
+        self._name = name
+        self._timeout_s = timeout_s
+
+    async def prepare(self, offer: MigrationOffer) -> Accepted | Declined:
+        answer: Accepted | Declined = await self._call("prepare_migration", offer)
+        return answer
+
+    async def take_in(self, migration_id: str, state: SequenceState) -> Declined | None:
+        answer: Declined | None = await self._call("take_in", migration_id, state)
+        return answer
+
+    async def forget(self, migration_id: str) -> None:
+        await self._call("forget", migration_id)
+
+    async def _call(self, method: str, *arguments: object) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, self._name)
+            return await asyncio.wait_for(getattr(actor, method).remote(*arguments), self._timeout_s)
+        except TimeoutError:
+            raise EngineDeadError(f"{self._name} has not answered for {self._timeout_s:.0f} s") from None
+        except (RayActorError, ValueError) as error:  # the latter if there is no actor of that name
+            raise EngineDeadError(f"{self._name} is gone: {error}") from None
+        except RayTaskError as error:
+            if isinstance(error.cause, BallonetError):
+                raise error.cause from None
+            raise
+
+
+def _address_of_node() -> str:
+    """By which engines on other nodes reach this one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
 
 
 class RankActor:

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig, MemoryConfig, SchedulerConfig
 from engine.core import Engine
-from engine.device import free_bytes, make_driver, make_link
+from engine.device import free_bytes, make_driver, make_link, pool_room, shared_name, wait_for_shared
 from engine.footprint import Footprint
 from engine.memory.balloon import Balloon
 from engine.memory.blocks import TokenChain
 from engine.memory.host_memory import available_bytes
+from engine.memory.kv_stream import KvStreams, KvTransport
 from engine.memory.pool import MemoryPool
 from engine.messages import EngineInfo, Piece, SamplingParams, StepPlan
 from engine.model.graphs import GraphShape, cuda_graph_recorder
@@ -47,6 +48,7 @@ def build_engine(
     clock: Callable[[], float] = time.monotonic,
     place: RankPlace | None = None,
     group_class: type[RankGroup] = RankGroup,
+    host: str = "127.0.0.1",
 ) -> Engine:
     """Load the model and make an engine that is ready to step, in the calling thread.
 
@@ -54,6 +56,7 @@ def build_engine(
         place: of the first rank, where `config.tensor_parallel_size` is more than one; the others are
             `engine.tp.follower.follow` in processes of their own.
         group_class: the collectives of the ranks.
+        host: address of this node, by which engines of other nodes send parked sequences here.
 
     Raises:
         ModelLoadError: the model is missing, damaged or not supported.
@@ -64,11 +67,12 @@ def build_engine(
     leader = None if place is None else Leader(place)
     facts = read_model(config)
     footprint = Footprint(facts.device, None if leader is None else leader.release_unused)
+    wait_for_shared(facts.device, config.memory, clock)
     share = load_share(config, facts, place, group_class)
     sampler = Sampler(
         facts.config.vocab_size, facts.config.eos_token_ids, facts.device, limits.max_num_seqs, facts.kernels
     )
-    memory = _Device(config.memory, share, leader)
+    memory = _Device(config.memory, share, leader, host)
     max_model_len = fit_model_len(
         config, facts.config.max_context, share.geometry, share.specs, memory.num_chunks
     )
@@ -94,14 +98,16 @@ class _Device:
         num_chunks: the pool's budget, that of the rank with the least room.
     """
 
-    def __init__(self, config: MemoryConfig, share: Share, leader: Leader | None) -> None:
+    def __init__(self, config: MemoryConfig, share: Share, leader: Leader | None, host: str) -> None:
         device, chunk_bytes = share.model.facts.device, share.geometry.chunk_bytes
         self.vm, self.num_chunks = make_driver(
             device, chunk_bytes, config, GRAPH_BYTES if share.shapes else 0
         )
         self.copies, self.slabs = make_link(device, chunk_bytes)
+        self.transport: KvTransport = KvStreams(host, chunk_bytes)
         if leader is not None:
             self.num_chunks = min(self.num_chunks, leader.wait_until_ready())
+            self.transport = leader.transport(self.transport, host)
             self.vm, self.copies = leader.memory(self.vm), leader.copies(self.copies)
             self.slabs = leader.slabs(self.slabs)
 
@@ -142,7 +148,7 @@ def _add_balloon(pool: MemoryPool, config: EngineConfig, device: _Device) -> Non
         min(num_chunks, max(1, memory.balloon_slab_bytes // device.vm.chunk_bytes)),
         is_filled=on_gpu and memory.balloon_bytes is not None,
     )
-    pool.add_balloon(balloon, device.copies)
+    pool.add_balloon(balloon, device.copies, device.transport)
 
 
 def _settle_budget(
@@ -153,7 +159,7 @@ def _settle_budget(
         free = free_bytes(device)
         if leader is not None:
             free = min(free, leader.free_bytes())
-        pool.resize(pool.created_bytes + free - memory.margin_bytes)
+        pool.resize(pool_room(device, memory, free, pool.created_bytes))
 
 
 def _runner(
@@ -188,6 +194,7 @@ def _describe(
         tokens_per_chunk=geometry.tokens_per_chunk,
         layers_per_group=geometry.layers_per_group,
         load_s=load_s,
+        shared_device=shared_name(facts.device, config.memory),
     )
 
 

@@ -55,6 +55,10 @@ class MemoryConfig:
             last two are baselines to measure against.
         pool_bytes: physical memory of the pool; None measures what is free after the weights (GPU)
             or takes 1 GiB (CPU).
+        device_share: part of the device's memory that the engine has at its start, weights included, less the
+            margin. With less than 1 it shares the device with others, and a controller moves memory between
+            their pools (`engine.orders`). On a CPU, where weights are not counted: the pool's part of what
+            all pools of the node may come to.
         chunk_bytes: size of a chunk; None is 2 MiB on a GPU (the driver's granularity) and 512 KiB
             on a CPU.
         layers_per_group: layers whose KV shares a chunk; None applies the rule of `KvGeometry`.
@@ -77,6 +81,7 @@ class MemoryConfig:
 
     mode: Mode = "elastic"
     pool_bytes: int | None = None
+    device_share: float = 1.0
     chunk_bytes: int | None = None
     layers_per_group: int | None = None
     margin_bytes: int = 1024 * MIB
@@ -90,6 +95,13 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.pool_bytes is not None and self.pool_bytes <= 0:
             raise ConfigError(f"memory.pool_bytes must be positive, not {self.pool_bytes}")
+        if not 0 < self.device_share <= 1:
+            raise ConfigError(f"memory.device_share must be above 0 and at most 1, not {self.device_share}")
+        if self.device_share < 1 and self.mode != "elastic":
+            raise ConfigError(
+                f"memory.mode {self.mode} sets memory aside for good, and an engine with memory.device_share "
+                f"{self.device_share:g} has to lend it: set mode to elastic, or leave device_share out"
+            )
         if self.chunk_bytes is not None and (self.chunk_bytes <= 0 or self.chunk_bytes % 4096):
             raise ConfigError(f"memory.chunk_bytes must be a multiple of 4096, not {self.chunk_bytes}")
         if self.map_ahead_tokens < 0:
@@ -248,5 +260,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:
             raise ConfigError(f"tensor_parallel_size must be at least 1, not {self.tensor_parallel_size}")
+        if self.tensor_parallel_size > 1 and self.memory.device_share < 1:
+            raise ConfigError(
+                f"memory.device_share is {self.memory.device_share:g} and tensor_parallel_size is "
+                f"{self.tensor_parallel_size}: the ranks of a group have their devices alone: leave one of "
+                "the two out"
+            )
         if not self.step_timeout_s > 0:
             raise ConfigError(f"step_timeout_s must be positive, not {self.step_timeout_s}")

@@ -24,6 +24,8 @@ class Order:
         admission_weight: above 0 and at most 1: the largest share of a step for prompts, and the router's
             weight of the group.
         reason: in a few words, for those who look.
+        pool_bytes: of its device that each rank's pool may hold, more or less than it is configured to: what
+            is more in use goes back as soon as it can. None is what is configured.
     """
 
     epoch: int
@@ -33,18 +35,20 @@ class Order:
     retention: float = 1.0
     admission_weight: float = 1.0
     reason: str = ""
+    pool_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.balloon_logical_bytes, self.balloon_physical_bytes, self.retention) < 0:
+        sizes = self.balloon_logical_bytes, self.balloon_physical_bytes, self.pool_bytes or 0
+        if min(*sizes, self.retention) < 0:
             raise ConfigError(f"an order's sizes must be at least 0: {self}")
         if not 0 < self.admission_weight <= 1:
             raise ConfigError(f"admission_weight must be above 0 and at most 1: {self}")
 
     @property
-    def levers(self) -> tuple[int, int, float, float]:
+    def levers(self) -> tuple[int, int, float, float, int | None]:
         """What is ordered, whoever did it, when and why."""
         sizes = self.balloon_logical_bytes, self.balloon_physical_bytes
-        return *sizes, self.retention, self.admission_weight
+        return *sizes, self.retention, self.admission_weight, self.pool_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +56,10 @@ class OrderAnswer:
     """What became of an order.
 
     Attributes:
-        outcome: `applied`: it holds. `deferred`: it holds but for `overage_bytes` of host memory in use,
-            which go back as soon as they can. `stale`: a later one is obeyed. `conflict`: another one came
-            under the same number, or the engine has no such lever. After the last two nothing has changed.
+        outcome: `applied`: it holds. `deferred`: it holds but for `overage_bytes` of host memory and
+            `device_overage_bytes` of the device's, which are in use and go back as soon as they can. `stale`:
+            a later one is obeyed. `conflict`: another one came under the same number, or the engine has no
+            such lever. After the last two nothing has changed.
         epoch, revision: of the order that is obeyed; -1 if there is none.
     """
 
@@ -62,6 +67,7 @@ class OrderAnswer:
     epoch: int
     revision: int
     overage_bytes: int = 0
+    device_overage_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

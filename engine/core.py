@@ -36,8 +36,9 @@ from engine.messages import (
     StepPlan,
     TokenDelta,
 )
+from engine.migrations import Migrations
 from engine.model.sampler import Sampled
-from engine.orders import Command, Orders
+from engine.orders import Command, Orders, T
 from engine.outlet import Entry, Outlet, Publish
 from engine.parts import OutsideMemory, PendingTokens, Runner, TokenSampler, sample_row
 from engine.requests import check_in_time, check_request
@@ -49,7 +50,6 @@ from engine.step_times import StepWork
 
 logger = logging.getLogger(__name__)
 
-_ASK_AGAIN_STEPS = 256  # a few seconds: another process may have given device memory back
 _MAP_TRIES = 3
 
 
@@ -112,6 +112,9 @@ class Engine:
         self._wake = threading.Event()
         self._door = threading.Lock()  # nobody may slip in while the loop says goodbye to the rest
         self._open: set[str] = set()  # submitted and not ended; both threads change it, behind the door
+        self.migrations = Migrations(
+            config, info, pool, scheduler, self._outlet, self._open, self._door, clock
+        )
         self._num_steps = 0
         self._last_step_s = 0.0
         self._last_busy_s: float | None = clock()  # None once idle memory has been given back
@@ -168,21 +171,20 @@ class Engine:
 
         The future is cancelled if the loop ends before.
         """
-        command = Command(lambda: self._give_back(drop_cache))
-        self._leave(command)
-        return command.result
+        return self.between_steps(lambda: self._give_back(drop_cache))
 
     def apply(self, order: Order) -> Future[OrderAnswer]:
         """Follow the controller's order at the top of the next step; cancelled as for `trim`."""
-        command = Command(lambda: self._orders.apply(order))
-        self._leave(command)
-        return command.result
+        return self.between_steps(lambda: self._orders.apply(order))
 
-    def _leave(self, command: Command[Any]) -> None:
+    def between_steps(self, run: Callable[[], T]) -> Future[T]:
+        """Have something done at the top of the next step; cancelled as for `trim`."""
+        command = Command(run)
         with self._door:
             self.check_alive()
             self._inbox.append(command)
         self._wake.set()
+        return command.result
 
     def check_alive(self) -> None:
         """Raise EngineDeadError, with the cause, once the loop has ended."""
@@ -221,8 +223,7 @@ class Engine:
         """One turn: launch the next step, then read and commit those before it; False if idle."""
         started = self._clock()
         busy = self._apply_orders()
-        if self._num_steps % _ASK_AGAIN_STEPS == 0:
-            self._pool.chunks.ask_again()
+        self._pool.limit.begin_step()
         plan = self._schedule_and_reserve()
         if plan is not None:
             self._launch(plan)
@@ -303,9 +304,11 @@ class Engine:
                     self._fail(newest, "the device refused to map memory")
 
     def _is_stuck(self) -> bool:
-        """Whether somebody waits although nothing runs that could free memory for them."""
-        waits = bool(self._scheduler.unfinished()) and not self._in_flight
-        return waits and self._pool.chunks.num_retiring == 0 and not self._scheduler.turns.is_unsettled
+        """Whether somebody waits although nothing runs, and nobody else gives, what they need."""
+        if self._in_flight or self.migrations.num_leaving or self._pool.limit.lacks_its_own:
+            return False
+        waits = bool(self._scheduler.unfinished()) and self._pool.chunks.num_retiring == 0
+        return waits and not self._scheduler.turns.is_unsettled
 
     def _launch(self, plan: StepPlan) -> None:
         """Start computing and sampling a reserved plan."""
@@ -378,17 +381,11 @@ class Engine:
         self._outlet.put(entries, self._config.scheduler.deposit and self._scheduler.takes_turns)
 
     def _renew_snapshot(self) -> None:
-        memory = self._pool.snapshot()
-        self.snapshot = take_snapshot(
-            self.info.model_id,
-            self._scheduler,
-            self._outside.describe(memory) if self._outside else memory,
-            self._clock(),
-            self._num_steps,
-            self._last_step_s,
-            self._outlet.num_deposited,
-            self._orders,
-        )
+        memory, scheduler = self._pool.snapshot(), self._scheduler
+        if self._outside is not None:
+            memory = self._outside.describe(memory)
+        steps, held = (self._num_steps, self._last_step_s), self._outlet.num_deposited
+        self.snapshot = take_snapshot(self.info, scheduler, memory, self._clock(), *steps, held, self._orders)
 
 
 def _failed(request_id: str, message: str) -> TokenDelta:

@@ -56,6 +56,13 @@ class Deposit:
                 passed.append(delta if rest is None else rest.then(delta))
         return passed + self._take_due(now_s)
 
+    def take(self, request_id: str) -> list[tuple[TokenDelta, float]]:
+        """A request's tokens that are not handed out, and when each is due: it takes them elsewhere."""
+        account = self._accounts.get(request_id)
+        entries = list(zip(account.deltas, account.due_s, strict=True)) if account is not None else []
+        self._close(request_id)
+        return entries
+
     def _put(self, delta: TokenDelta, due_s: float) -> None:
         account = self._accounts.setdefault(delta.request_id, _Account())
         if not account.deltas:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
+
+from engine.config import SchedulerConfig
+from engine.memory.kv_cache import KvCache
 from engine.memory.pool import MemoryPool
 from engine.messages import Piece, StepPlan
-from engine.sequence import Sequence
+from engine.sequence import Sequence, State
 
 
 class Draft:
@@ -115,3 +120,15 @@ class Draft:
         self._kv_chunks = chunks
         self._num_decodes = count
         return True
+
+
+def outgrowing(
+    active: Sequences[Sequence], kv: KvCache, num_tokens: int, limits: SchedulerConfig, max_model_len: int
+) -> Iterator[tuple[int, int]]:
+    """(slot, tokens it will hold) of sequences that will outgrow what is backed within so many tokens."""
+    for seq in active:
+        end = min(seq.num_computed + num_tokens, seq.longest(max_model_len))
+        if seq.state is State.PREFILLING:
+            end = min(seq.num_tokens, seq.num_computed + limits.max_num_batched_tokens)
+        if end > kv.end(seq.held_slot) * kv.geometry.tokens_per_chunk:
+            yield seq.held_slot, end

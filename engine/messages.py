@@ -262,6 +262,10 @@ class MemorySnapshot:
         warm: free chunks that are still mapped where they were last used, or where one will be needed
             (a part of `free`).
         created: chunks with physical memory behind them; the rest is address space only.
+        limit, configured: chunks that there may be, by order and by configuration; `total` is more while
+            what is beyond the limit is in use, and less while the device does not give them.
+        floor: chunks that the longest open request needs to be served alone; told by engines that share
+            their device.
         balloon: chunks of host memory that hold KV.
         balloon_cached: those of them that no sequence uses, kept for prompts that begin alike.
         balloon_logical, balloon_physical: chunks that new requests may send others to, and that there are.
@@ -287,6 +291,9 @@ class MemorySnapshot:
     created: int
     kv_tokens: int
     driver_calls: int
+    limit: int = 0
+    configured: int = 0
+    floor: int = 0
     driver_calls_beside: int = 0
     balloon: int = 0
     balloon_cached: int = 0
@@ -312,6 +319,7 @@ class EngineSnapshot:
         prefix_queries, prefix_hits: tokens of prompts that were looked up in the prefix cache, and those
             of them that were found.
         num_parked: sequences whose KV is in the balloon, or on its way there or back.
+        num_parked_late: those of them whose client waits longer for tokens than can be made up for.
         num_parkings: how often a sequence was parked so far.
         num_deposited: tokens held back, because they are ahead of the pace that their clients were promised.
         expected_ttft_s: how long a new request would wait for its first token, by the newest rate of prompts.
@@ -327,6 +335,9 @@ class EngineSnapshot:
         order: of the controller, that is obeyed.
         order_age_s: since it came.
         host: the machine; None where the engine's process does not tell.
+        num_ranks: devices of that machine which hold the model together; the snapshot is the first one's.
+        shared_device: names, on its node, the device that the engine shares with others; empty if it has it
+            alone.
     """
 
     model_id: str
@@ -343,6 +354,7 @@ class EngineSnapshot:
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_parked: int = 0
+    num_parked_late: int = 0
     num_parkings: int = 0
     num_deposited: int = 0
     expected_ttft_s: float = 0.0
@@ -357,6 +369,8 @@ class EngineSnapshot:
     order: Order | None = None
     order_age_s: float = 0.0
     host: HostSnapshot | None = None
+    num_ranks: int = 1
+    shared_device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +382,7 @@ class EngineInfo:
         pool_bytes: physical memory of the elastic pool.
         weight_bytes: memory of the weights, outside the pool.
         tokens_per_chunk, layers_per_group: the KV geometry (T and G).
+        shared_device: as in `EngineSnapshot`.
     """
 
     model_id: str
@@ -381,3 +396,4 @@ class EngineInfo:
     tokens_per_chunk: int
     layers_per_group: int
     load_s: float
+    shared_device: str = ""

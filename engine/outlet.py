@@ -47,6 +47,10 @@ class Outlet:
         if deltas:
             self._publish(deltas)
 
+    def take(self, request_id: str) -> list[Entry]:
+        """What is held back of a request, which goes elsewhere with it."""
+        return self._deposit.take(request_id)
+
     def end(self, deltas: Sequence[TokenDelta]) -> None:
         """The engine has stopped: everything that is held back goes out, and then these."""
         self.put([(delta, 0.0) for delta in deltas], holds_back=False)

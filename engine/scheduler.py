@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from engine.admission import Admission
 from engine.config import SchedulerConfig
-from engine.draft import Draft
+from engine.draft import Draft, outgrowing
 from engine.fetching import Fetching
 from engine.memory.blocks import Match
 from engine.memory.pool import MemoryPool
@@ -65,7 +65,7 @@ class Scheduler:
         self.waiting = WaitingLine(pool, by_deadline=config.policy == "slo")
         self._active: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
-        self._free_seats = list(range(config.max_num_seqs))[::-1]
+        self.free_seats = list(range(config.max_num_seqs))[::-1]
         self._is_held_up = False
         self._num_lacking = 0  # chunks that the next waiting request lacks
         self.fetching = Fetching(pool, self.turns.decisions)
@@ -156,7 +156,7 @@ class Scheduler:
                     seq.move(State.RUNNING)
                 sampling.append(seq)
         if plan.has_staged:
-            self._free_seats.pop()
+            self.free_seats.pop()
             sampling.append(self.staging.launched())
         self.turns.launched(self.step_times.predict(work))
         return sampling
@@ -177,9 +177,15 @@ class Scheduler:
         self.finished[reason] += 1
         return TokenDelta(seq.request_id, (), (), reason, error, seq.num_preemptions, seq.num_cached_tokens)
 
-    def preempt(self, seq: Sequence) -> None:
-        """Take a sequence's KV, which is kept until somebody needs the memory. It waits again."""
-        self._restart(seq)
+    def take_in(self, seq: Sequence) -> None:
+        """A sequence comes from another engine, parked, with a seat of `free_seats`."""
+        self._by_id[seq.request_id] = seq
+        self.turns.take_in(seq, "migrate_in")
+
+    def let_go(self, seq: Sequence) -> None:
+        """A parked sequence goes on in another engine, and is none of this one's any more."""
+        self._release_parked(seq)
+        del self._by_id[seq.request_id]
 
     def latest(self, request_ids: Collection[str]) -> Sequence:
         """The one of these sequences that arrived last."""
@@ -187,13 +193,7 @@ class Scheduler:
 
     def upcoming(self, num_tokens: int) -> Iterator[tuple[int, int]]:
         """(slot, tokens it will hold) of sequences that will outgrow what is backed within so many tokens."""
-        kv, per_block = self._pool.kv, self._pool.kv.geometry.tokens_per_chunk
-        for seq in self._active:
-            end = min(seq.num_computed + num_tokens, seq.longest(self._max_model_len))
-            if seq.state is State.PREFILLING:
-                end = min(seq.num_tokens, seq.num_computed + self._config.max_num_batched_tokens)
-            if end > kv.end(seq.held_slot) * per_block:
-                yield seq.held_slot, end
+        return outgrowing(self._active, self._pool.kv, num_tokens, self._config, self._max_model_len)
 
     def _step_tokens(self, running: list[Sequence], begun: list[Sequence], now_s: float) -> int:
         """Tokens of the next step, decodes included. Who waits for memory or a seat hurries nobody."""
@@ -246,7 +246,7 @@ class Scheduler:
     def _return(self, seq: Sequence) -> None:
         """A parked sequence is on the device again, unless its KV was lost; then it is computed again."""
         if seq.backing.is_lost:
-            return self._restart(seq)
+            return self.preempt(seq)
         seq.slot, seq.num_outputs_before = self.turns.take_back(seq), seq.num_outputs
         seq.move(State.RUNNING)
         insort(self._active, seq, key=_age)
@@ -291,14 +291,14 @@ class Scheduler:
 
     def _admit(self, draft: Draft, running: list[Sequence], now_s: float) -> None:
         """Start waiting requests while the whole of what they know fits beside the draft."""
-        while self.waiting and self._free_seats and self._pool.num_free_slots and draft.tokens_left > 0:
+        while self.waiting and self.free_seats and self._pool.num_free_slots and draft.tokens_left > 0:
             candidate = self._admission.next(self.waiting, self._active, draft)
             if candidate is None:
                 return
             seq, match = candidate
             if not self._try_open(seq, match, draft):
                 if self._num_lacking > 0 and self.turns.nobody_yields:
-                    self.staging.try_add(seq, match, draft, self._free_seats[-1], running, now_s)
+                    self.staging.try_add(seq, match, draft, self.free_seats[-1], running, now_s)
                 return
             if not self._add_piece(draft, seq):
                 return
@@ -317,7 +317,7 @@ class Scheduler:
         if self.waiting.head is not seq:
             self.waiting.head.num_overtaken += 1
         self.waiting.started(seq)
-        seq.open(self.fetching.begin(seq, opened), self._free_seats.pop())
+        seq.open(self.fetching.begin(seq, opened), self.free_seats.pop())
         seq.move(State.PREFILLING)
         insort(self._active, seq, key=_age)
         if self._pool.prefixes.is_enabled and not seq.num_preemptions:
@@ -353,14 +353,14 @@ class Scheduler:
         if seq.state is State.WAITING:
             self.waiting.remove(seq)
         else:
-            release = self._release_parked if seq.state is State.PARKED else self._release
-            release(seq, is_sound=reason != "error")
+            (self._release_parked if seq.state is State.PARKED else self._release)(seq, reason != "error")
         if reason in ("stop", "length"):
             self.turns.finished(seq, self._clock(), stopped=reason == "stop")
         seq.move(State.FINISHED)
         del self._by_id[seq.request_id]
 
-    def _restart(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence) -> None:
+        """Take a sequence's KV, which is kept until somebody needs the memory. It waits again."""
         (self._release_parked if seq.state is State.PARKED else self._release)(seq)
         seq.move(State.WAITING)
         seq.num_preemptions += 1
@@ -372,7 +372,7 @@ class Scheduler:
         """Take a sequence's slot. What it computed stays there, unless that may be what made it fail."""
         slot, prefixes, num_kept = seq.held_slot, self._pool.prefixes, seq.num_known_computed
         for reader in prefixes.orphans(slot, num_kept):
-            self._restart(next(one for one in self._active if one.slot == reader))
+            self.preempt(next(one for one in self._active if one.slot == reader))
         if not prefixes.is_readable(slot, NO_DRAFT):
             num_kept = 0  # an orphan: what it was to read will not be computed
         elif not is_sound:
@@ -383,7 +383,7 @@ class Scheduler:
         self._pool.hash(seq.chain, seq.tokens, num_kept)
         self.turns.discard(seq, num_kept)
         self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_kept))
-        self._free_seats.append(seq.seat)
+        self.free_seats.append(seq.seat)
         seq.leave()
 
     def _release_parked(self, seq: Sequence, is_sound: bool = True) -> None:
@@ -392,7 +392,7 @@ class Scheduler:
         slot, num_there = self.turns.discard(seq, seq.num_known_computed if is_sound else 0)
         if slot is not None:
             self._pool.close_slot(slot, seq.chain, seq.tokens(0, num_there))
-        self._free_seats.append(seq.seat)
+        self.free_seats.append(seq.seat)
         seq.leave()
 
 

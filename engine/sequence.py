@@ -59,6 +59,8 @@ class Sequence:
         first_token_s: the engine's clock when its first token was read.
         backing: what of its KV is in the balloon.
         num_outputs_before: output tokens that it had when it last came back from there.
+        num_migrations: how often it came from another engine.
+        came_s: when it last did.
     """
 
     request: GenerateRequest
@@ -87,6 +89,8 @@ class Sequence:
     first_token_s: float | None = None
     backing: Backing = field(default_factory=Backing)
     num_outputs_before: int = -1
+    num_migrations: int = 0
+    came_s: float = -math.inf
 
     @property
     def request_id(self) -> str:

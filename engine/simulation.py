@@ -8,7 +8,7 @@ lengths, memory and decisions are those of the engine that serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,7 @@ from engine.memory.balloon import Balloon
 from engine.memory.kv_geometry import KvGeometry
 from engine.memory.layer_wise import Offload
 from engine.memory.pool import MemoryPool
+from engine.memory.vmm import VirtualMemory
 from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, StepPlan
 from engine.model.buffers import activation_specs
 from engine.model.loader import facts_on
@@ -35,6 +36,7 @@ from engine.step_times import StepWork
 GIB = 1 << 30
 _VOCABULARY = 1 << 62  # token ids are labels here: equal prompts have equal ones
 _SLOTS_PER_SEQUENCE = 4  # as `engine.build`
+_SHARED = "GPU-0"  # the name of a device that several engines share
 _UNMEASURED_POOL = 1 << 30  # of a CPU, as `engine.device`
 
 
@@ -102,6 +104,8 @@ class SimulatedEngine:
         clock: the engine's own.
         steps_ahead: steps launched before one has been read; None is as on the configured device.
         is_filled: the balloon is made from the start on, not as it is needed.
+        gpu: that it shares with other engines; None is one of its own.
+        vm: the driver; None makes as many chunks as are asked for.
 
     Raises:
         ConfigError: the pool cannot hold one sequence, or its size is not known.
@@ -119,14 +123,16 @@ class SimulatedEngine:
         *,
         steps_ahead: int | None = None,
         is_filled: bool = False,
+        gpu: Gpu | None = None,
+        vm: VirtualMemory | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
         if steps_ahead is None:
             steps_ahead = 1 if config.device == "cuda" else 0
         num_chunks = pool_bytes(config, calibration) // shape.geometry.chunk_bytes
         longest = fit_model_len(config, shape.max_context, shape.geometry, shape.specs, num_chunks)
-        self.device = _Device(calibration.steps, shape.num_layers, self.clock)
-        self.pool = _make_pool(config, shape, num_chunks, longest)
+        self.device = _Device(calibration.steps, shape.num_layers, self.clock, gpu or Gpu())
+        self.pool = _make_pool(config, shape, num_chunks, longest, vm)
         chunk_bytes = shape.geometry.chunk_bytes
         self.copies = SimulatedCopies(
             chunk_bytes, self.clock, calibration.link_bytes_s, lambda: self.device.idle_at, self.device.hold
@@ -148,6 +154,8 @@ class SimulatedEngine:
             self.pool.add_balloon(balloon, self.copies)
         self.scheduler = Scheduler(config.scheduler, self.pool, longest, (), self.clock)
         info = _describe(config, shape, num_chunks, longest, calibration.load_s)
+        if gpu is not None:
+            info = replace(info, shared_device=_SHARED)
         self.engine = Engine(
             config,
             info,
@@ -215,10 +223,12 @@ def _describe(
     )
 
 
-def _make_pool(config: EngineConfig, shape: EngineShape, num_chunks: int, longest: int) -> MemoryPool:
+def _make_pool(
+    config: EngineConfig, shape: EngineShape, num_chunks: int, longest: int, vm: VirtualMemory | None
+) -> MemoryPool:
     memory, limits = config.memory, config.scheduler
     return MemoryPool(
-        NullVirtualMemory(shape.geometry.chunk_bytes),
+        vm or NullVirtualMemory(shape.geometry.chunk_bytes),
         num_chunks,
         memory.mode,
         shape.geometry,
@@ -232,15 +242,34 @@ def _make_pool(config: EngineConfig, shape: EngineShape, num_chunks: int, longes
     )
 
 
+class Gpu:
+    """What computes one step after another, of one engine or of several.
+
+    Attributes:
+        idle_at: when the steps launched so far have ended.
+    """
+
+    def __init__(self) -> None:
+        self.idle_at = 0.0
+
+
 class _Device:
     """Implements `Runner` and `TokenSampler`: computes one step after another, and says token 1."""
 
-    def __init__(self, steps: StepSeconds, num_layers: int, clock: VirtualClock) -> None:
+    def __init__(self, steps: StepSeconds, num_layers: int, clock: VirtualClock, gpu: Gpu) -> None:
         self._steps = steps
         self._num_layers = num_layers
         self._clock = clock
-        self.idle_at = 0.0
+        self._gpu = gpu
         self.num_steps = 0
+
+    @property
+    def idle_at(self) -> float:
+        return self._gpu.idle_at
+
+    @idle_at.setter
+    def idle_at(self, at: float) -> None:
+        self._gpu.idle_at = at
 
     def run(self, plan: StepPlan, offload: Offload | None = None) -> torch.Tensor:
         self.idle_at = max(self.idle_at, self._clock())

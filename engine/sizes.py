@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from engine.config import MIB, EngineConfig, MemoryConfig
 from engine.errors import ConfigError
-from engine.memory.arena import BufferSpec, activation_bytes
+from engine.memory.arena import SMALLEST_PIECE, BufferSpec, activation_bytes
 from engine.memory.kv_geometry import KvGeometry
 from engine.model.loader import ModelFacts
 
@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 
 _CPU_CHUNK_BYTES = MIB // 2
 _GPU_CHUNK_BYTES = 2 * MIB
-_SMALLEST_PIECE = 16  # tokens; an elastic engine cuts a prompt this small before it gives up
 
 
 def kv_geometry(facts: ModelFacts, memory: MemoryConfig) -> KvGeometry:
@@ -44,18 +43,18 @@ def fit_model_len(
     limits = config.scheduler
     step = (limits.largest_step, limits.max_num_seqs)
     if config.memory.mode == "elastic":
-        step = (_SMALLEST_PIECE, 1)
+        step = (SMALLEST_PIECE, 1)
     activations = max(1, -(-activation_bytes(specs, *step) // geometry.chunk_bytes))
     left = total - 1 - activations  # one is the guard
     fits = max(0, left) // geometry.num_groups * geometry.tokens_per_chunk
     asked = config.max_model_len
     if asked is not None and asked > model_limit:
         raise ConfigError(f"max_model_len is {asked}, and the model was made for {model_limit}: lower it")
-    if fits < min(asked or _SMALLEST_PIECE, model_limit):
-        least = geometry.chunks_for(asked or _SMALLEST_PIECE) + 1 + activations
+    if fits < min(asked or SMALLEST_PIECE, model_limit):
+        least = geometry.chunks_for(asked or SMALLEST_PIECE) + 1 + activations
         raise ConfigError(
             f"a pool of {total} chunks of {geometry.chunk_bytes >> 10} KiB holds a sequence of {fits} tokens "
-            f"beside the activations, and {asked or _SMALLEST_PIECE} are needed: set memory.pool_bytes to at "
+            f"beside the activations, and {asked or SMALLEST_PIECE} are needed: set memory.pool_bytes to at "
             f"least {least * geometry.chunk_bytes} or lower max_model_len"
         )
     if asked is None and fits < model_limit:

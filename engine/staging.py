@@ -102,7 +102,7 @@ class Staging:
         seq.num_in_flight += 1
         seq.is_new_to_slot = False
         seq.move(State.PARKED)
-        self._turns.computed_away(seq)
+        self._turns.take_in(seq, "layer_wise")
         self._seq = self.offload = None
         return seq
 

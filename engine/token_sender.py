@@ -18,13 +18,13 @@ from zmq.utils.monitor import parse_monitor_message
 
 from engine.errors import EngineDeadError
 from engine.messages import ReplyTo, TokenDelta
-from engine.token_wire import encode, weight
+from engine.migration import Migrated
+from engine.token_wire import SILENCE_S, encode, weight
 
 logger = logging.getLogger(__name__)
 
 MESSAGES_AHEAD = 4  # without a receipt: a step takes longer than the way there and back
 _MAX_WEIGHT = 1 << 20  # numbers in a message, about 8 MB
-_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 2_000, 10_000  # a node that is lost sends no end of connection
 _LINGER_MS = 2_000  # the last words of an engine that ends
 STALL_S = 30.0  # an ingress whose event loop stands still for so long serves nobody
 
@@ -35,22 +35,27 @@ class TokenSender:
     Args:
         cancel: called with the id of a request whose ingress is gone.
         stall_s: how long an ingress may leave messages without a receipt.
+        silence_s: how long nothing at all may come from an ingress' process, though it is asked five times.
     """
 
-    def __init__(self, cancel: Callable[[str], None], stall_s: float = STALL_S) -> None:
+    def __init__(
+        self, cancel: Callable[[str], None], stall_s: float = STALL_S, silence_s: float = SILENCE_S
+    ) -> None:
         self._cancel = cancel
         self._stall_s = stall_s
+        self._silence_s = silence_s
         self._peers: dict[str, _Peer] = {}
         self._routes: dict[str, _Route] = {}
 
-    def open(self, request_id: str, reply_to: ReplyTo) -> asyncio.Future[None]:
-        """From now on the request's deltas go there. The result comes when the last one has been sent.
+    def open(self, request_id: str, reply_to: ReplyTo) -> asyncio.Future[Migrated | None]:
+        """From now on the request's deltas go there. The result comes when the last one has been sent: None,
+        or where the request goes on.
 
         The future raises EngineDeadError if the ingress is gone, and what `fail` was given.
         """
         peer = self._peers.get(reply_to.address)
         if peer is None:
-            peer = _Peer(reply_to, self._stall_s, self._lost)
+            peer = _Peer(reply_to, self._stall_s, self._silence_s, self._lost)
             self._peers[reply_to.address] = peer
         route = _Route(peer, reply_to.stream, asyncio.get_running_loop().create_future())
         self._routes[request_id] = route
@@ -82,6 +87,19 @@ class TokenSender:
         if (route := self._routes.get(request_id)) is not None and not route.ended.done():
             route.ended.set_exception(error)
 
+    async def acknowledged(self, request_id: str) -> None:
+        """Return when its ingress has everything that was `put` of a request; at once if it is not open."""
+        if (route := self._routes.get(request_id)) is not None:
+            await route.peer.acknowledged(request_id)
+
+    def hand_over(self, request_id: str, migrated: Migrated) -> bool:
+        """Another engine sends the request's deltas from now on; False if nobody waits for them."""
+        route = self._routes.get(request_id)
+        if route is None or route.ended.done():
+            return False
+        route.ended.set_result(migrated)
+        return True
+
     def shut(self) -> None:
         """Close all connections; what has been handed to them still goes out, for two seconds."""
         for peer in self._peers.values():
@@ -106,7 +124,7 @@ class _Route:
 
     __slots__ = ("ended", "peer", "stream")
 
-    def __init__(self, peer: _Peer, stream: int, ended: asyncio.Future[None]) -> None:
+    def __init__(self, peer: _Peer, stream: int, ended: asyncio.Future[Migrated | None]) -> None:
         self.peer = peer
         self.stream = stream
         self.ended = ended
@@ -115,21 +133,26 @@ class _Route:
 class _Peer:
     """The connection to one ingress process."""
 
-    def __init__(self, reply_to: ReplyTo, stall_s: float, lost: Callable[[_Peer, str], None]) -> None:
+    def __init__(
+        self, reply_to: ReplyTo, stall_s: float, silence_s: float, lost: Callable[[_Peer, str], None]
+    ) -> None:
         self.address = reply_to.address
         self.pending: dict[str, tuple[_Route, TokenDelta]] = {}
         self._secret = reply_to.secret
         self._stall_s = stall_s
         self._lost = lost
         self._loop = asyncio.get_running_loop()
-        self._num_ahead = 0
+        self._num_ahead = self._num_sent = self._num_receipts = 0
+        self._receipt = asyncio.Event()
         self._newest_receipt_s = 0.0
         self._stall_timer: asyncio.TimerHandle | None = None
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.linger = _LINGER_MS
         self._socket.ipv6 = True
-        self._socket.heartbeat_ivl = _HEARTBEAT_MS
-        self._socket.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
+        silence_ms = int(silence_s * 1000)
+        self._socket.heartbeat_ivl = silence_ms // 5
+        self._socket.heartbeat_timeout = silence_ms
+        self._socket.reconnect_ivl = -1  # what was on its way is lost, and so are the requests
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._tasks = [
             self._loop.create_task(self._read_receipts()),
@@ -151,9 +174,21 @@ class _Peer:
                 self._newest_receipt_s = self._loop.time()
                 self._watch_stall(self._stall_s)
             self._num_ahead += 1
+            self._num_sent += 1
             for route, delta in batch:
                 if delta.finish_reason is not None and not route.ended.done():
                     route.ended.set_result(None)
+
+    async def acknowledged(self, request_id: str) -> None:
+        while request_id in self.pending:
+            await self._next_receipt()
+        num_sent = self._num_sent
+        while self._num_receipts < num_sent:
+            await self._next_receipt()
+
+    async def _next_receipt(self) -> None:
+        self._receipt.clear()
+        await self._receipt.wait()
 
     def shut(self) -> None:
         for task in self._tasks:
@@ -179,6 +214,8 @@ class _Peer:
         while True:
             await self._socket.recv_multipart()
             self._num_ahead -= 1
+            self._num_receipts += 1
+            self._receipt.set()
             self._newest_receipt_s = self._loop.time()
             self.flush()
 

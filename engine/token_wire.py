@@ -15,6 +15,10 @@ import orjson
 
 from engine.messages import TokenDelta, TokenLogprobs
 
+SILENCE_S = (
+    10.0  # after which an end takes the other for lost: a node that is, or is cut off, does not say so
+)
+
 Row = list[Any]
 _MINUS_INFINITY = float("-inf")  # what JSON has no word for, and orjson writes as null
 

@@ -36,6 +36,7 @@ class Turns:
     """Parks sequences and brings them back. Owns those that are parked.
 
     Attributes:
+        num_parked_late: parked sequences that cannot keep their mean time per token, by the last look.
         nobody_yields: a request waits for memory, and by the last look nobody could leave for it.
         decisions: how often each was made.
         min_retained_chunks, admission_weight: levers of `engine.orders`.
@@ -63,6 +64,7 @@ class Turns:
         self._feedback = Feedback(config)
         self._governor = Governor()
         self.nobody_yields = False
+        self.num_parked_late = 0
         self.decisions: Counter[str] = Counter()
 
     @property
@@ -126,9 +128,10 @@ class Turns:
             self._step_s += _SMOOTHING * (self._last_step_s - self._step_s)
         self._last_s = now_s
         if self._takes_turns and (has_prompts or self._parked):
-            promised = [*running, *self._parked]
-            late = sum([self.slack_s(seq, now_s) < 0 for seq in promised])
-            decision = self._feedback.step(late > _LATE * len(promised), first_token_late)
+            self.num_parked_late = sum([self.slack_s(seq, now_s) < 0 for seq in self._parked])
+            late = self.num_parked_late + sum([self.slack_s(seq, now_s) < 0 for seq in running])
+            is_breach = late > _LATE * (len(running) + len(self._parked))
+            decision = self._feedback.step(is_breach, first_token_late)
             if decision is not None:
                 self.decisions[decision] += 1
 
@@ -147,6 +150,8 @@ class Turns:
         parking.settle()
         if self._pool.host_prefixes is not None:
             self._pool.host_prefixes.settle()
+        if self._pool.passages is not None:
+            self._pool.passages.settle()
         arrived = [seq for seq in self._parked if seq.backing.has_failed]
         if self._returning is not None and parking.is_back(self._returning.backing):
             arrived.append(self._returning)
@@ -184,10 +189,12 @@ class Turns:
         self.decisions[why] += 1
         return True
 
-    def computed_away(self, seq: Sequence) -> None:
-        """A prompt was computed layer-wise: its sequence is parked from the start."""
+    def take_in(self, seq: Sequence, why: str) -> None:
+        """A sequence that is parked from the start: its prompt was computed layer-wise, or it comes from
+        another engine.
+        """
         self._parked.append(seq)
-        self.decisions["layer_wise"] += 1
+        self.decisions[why] += 1
 
     def take_back(self, seq: Sequence) -> int:
         """A sequence that `settle` named goes on; the slot it is in."""
@@ -204,6 +211,8 @@ class Turns:
             self._parked.remove(seq)
         if self._returning is seq:
             self._returning = None
+        if self._pool.passages is not None:
+            self._pool.passages.lost(seq.backing)
         parking = self._pool.parking
         return (None, 0) if parking is None else parking.discard(seq.backing, seq.chain, num_kept)
 
@@ -287,7 +296,7 @@ class Turns:
         """Nothing else can go on: let any parked sequence come back that there is room for."""
         if self._returning is not None:
             return False
-        order = sorted(self._parked, key=lambda seq: self.runway_s(seq, now_s))
+        order = sorted(self._staying, key=lambda seq: self.runway_s(seq, now_s))
         return any(self._come_back(seq, 0, is_alone=True) for seq in order)
 
     def _come_back(self, seq: Sequence, num_reserved: int, is_alone: bool = False) -> bool:
@@ -338,8 +347,14 @@ class Turns:
         return [(ahead[0], lacking, "park_for_turn")] if lacking > 0 else []
 
     def _next(self, now_s: float) -> Sequence | None:
-        settled = [seq for seq in self._parked if not seq.backing.is_leaving]
+        settled = [seq for seq in self._staying if not seq.backing.is_leaving]
         return min(settled, key=self._order(now_s), default=None)
+
+    @property
+    def _staying(self) -> list[Sequence]:
+        """Parked sequences but those that may be about to go on in another engine."""
+        passages = self._pool.passages
+        return [seq for seq in self._parked if passages is None or not passages.is_leaving(seq.backing)]
 
     @property
     def _is_full(self) -> bool:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 # Asks NVML: the driver itself, once initialised, does not survive the forks that some tests make.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# Ray starts a cluster for whoever asks it anything. Its daemons end with the thread that asked, and a minute
+# later Ray ends the process that lost them: no test may do that unawares.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import pytest
 import torch

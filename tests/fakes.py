@@ -21,6 +21,7 @@ from engine.memory.copies import Copies, Direction, ThreadCopies, Ticket
 from engine.memory.host_vmm import HostVirtualMemory
 from engine.memory.kv_cache import KvCache
 from engine.memory.kv_geometry import KvGeometry
+from engine.memory.kv_stream import KvTransport
 from engine.memory.layer_wise import Offload
 from engine.memory.pool import MemoryPool
 from engine.memory.slabs import PlainSlabs
@@ -317,6 +318,8 @@ class Bench:
         balloon_chunks: int = 0,
         copies: Copies | None = None,
         balloon: Balloon | None = None,
+        transport: KvTransport | None = None,
+        shared_device: str = "",
     ) -> None:
         scheduler = scheduler or SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
         memory = memory or MemoryConfig()
@@ -338,9 +341,11 @@ class Bench:
         )
         if balloon_chunks or balloon:
             self.balloon = balloon or Balloon(PlainSlabs(), CHUNK_BYTES, balloon_chunks, balloon_chunks)
-            self.pool.add_balloon(self.balloon, copies or ThreadCopies(CHUNK_BYTES))
-        info = EngineInfo("pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0)
-        clock = FakeClock()
+            self.pool.add_balloon(self.balloon, copies or ThreadCopies(CHUNK_BYTES), transport)
+        info = EngineInfo(
+            "pattern", "cpu", "float32", max_model_len, VOCAB, (EOS,), 0, 0, 32, 1, 0.0, shared_device
+        )
+        self.clock = clock = FakeClock()
         self.scheduler = Scheduler(scheduler, self.pool, max_model_len, info.eos_token_ids, clock)
         self.runner = runner(self.pool, self._tokens_of)
         self.sampler = sampler(self.runner)

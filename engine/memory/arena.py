@@ -20,6 +20,7 @@ import torch
 from engine.memory.chunks import ChunkPool
 from engine.memory.virtual_tensor import VirtualTensor
 
+SMALLEST_PIECE = 16  # tokens; an elastic engine cuts a prompt this small before it gives up
 _ALIGN = 256  # widest vector access of a kernel, and what tensor-memory descriptors ask for
 
 _REMEMBERED_STEPS = 8  # more than can be in flight

@@ -15,16 +15,14 @@ is about to grow are *held*: others take them last.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 from engine.errors import ConservationError
+from engine.memory.budget import Budget
 from engine.memory.deliveries import Deliveries, Delivery
 from engine.memory.vmm import Moved, Outcome, VirtualMemory
 from engine.memory.warm_chunks import Place, WarmChunks
-
-logger = logging.getLogger(__name__)
 
 
 class ChunkPool:
@@ -37,12 +35,9 @@ class ChunkPool:
 
     def __init__(self, vm: VirtualMemory, total: int) -> None:
         self.vm = vm
-        self.total = total
+        self.budget = Budget(total)
         self._handles: dict[int, int] = {}
         self._next_id = 0
-        self._num_uncreated = total
-        self._num_refused = 0
-        self._least_told = total
         self._idle: list[int] = []
         self._warm = WarmChunks()
         self._sent = Deliveries(vm)
@@ -57,9 +52,19 @@ class ChunkPool:
         self._completed = 0
 
     @property
+    def total(self) -> int:
+        """Chunks that there are or may yet be made."""
+        return self.budget.total
+
+    @property
     def num_free(self) -> int:
-        """Chunks that `take` could give out now."""
-        return self._num_uncreated + len(self._idle) + len(self._warm) + len(self._sent)
+        """Chunks that `take` could give out now; negative while more are owned than the limit allows."""
+        return self.num_unowned - self.budget.num_excess
+
+    @property
+    def num_unowned(self) -> int:
+        """Chunks in the state `free`, those included that are beyond the limit and go back."""
+        return self.budget.num_unmade + len(self._idle) + len(self._warm) + len(self._sent)
 
     @property
     def num_warm(self) -> int:
@@ -69,7 +74,7 @@ class ChunkPool:
     @property
     def num_unmapped(self) -> int:
         """Free chunks that are mapped nowhere, those not made yet included."""
-        return self._num_uncreated + len(self._idle)
+        return self.budget.num_unmade + len(self._idle)
 
     @property
     def num_sent(self) -> int:
@@ -99,7 +104,7 @@ class ChunkPool:
     @property
     def num_refused(self) -> int:
         """Chunks that the driver would not make, out of the budget until `ask_again`."""
-        return self._num_refused
+        return self.budget.num_refused
 
     def num_owned(self, owner: str) -> int:
         """Chunks under one owner's label; a shared chunk counts once."""
@@ -116,10 +121,10 @@ class ChunkPool:
         ahead. If the driver refuses to make a chunk, the budget shrinks to what exists until
         `ask_again`, and the shortage is reported like any other.
         """
-        if count > self.num_free:
+        if count > max(0, self.num_free):
             return None
-        if len(self._idle) < count and self._num_uncreated:
-            self._create(min(count - len(self._idle), self._num_uncreated))
+        if len(self._idle) < count and self.budget.num_unmade:
+            self._create(min(count - len(self._idle), self.budget.num_unmade))
         self._steal(count - len(self._idle))
         if len(self._idle) < count and self._sent:
             self.receive(wait=True)
@@ -236,7 +241,7 @@ class ChunkPool:
             is_held: as by `hold`, until that names others.
         """
         sent = []
-        for target in targets:
+        for target in targets if not self.budget.num_excess else ():
             one = self._next_to_send(target, is_held)
             if one is None:
                 break
@@ -251,29 +256,30 @@ class ChunkPool:
 
     def ask_again(self) -> None:
         """Count chunks that the driver once refused as obtainable again: its memory may be back."""
-        self.resize(self.total + self._num_refused)
-        self._num_refused = 0
+        self.budget.ask_again()
 
     def resize(self, total: int) -> None:
         """Another budget, no smaller than what has been made."""
-        total = max(total, self.total - self._num_uncreated)
-        self._num_uncreated += total - self.total
-        self.total = total
+        self.budget.resize(total)
 
     def create_all(self) -> None:
         """Make every chunk of the budget now."""
-        self._create(self._num_uncreated)
+        self._create(self.budget.num_unmade)
 
     def trim(self) -> int:
         """Give every free chunk back to the system; how many chunks that were."""
         self.receive(wait=True)
         self._steal(len(self._warm))
-        released = self.vm.release([self._handles[chunk] for chunk in self._idle])
-        for chunk in self._idle[:released]:
-            del self._handles[chunk]
-        del self._idle[:released]
-        self._num_uncreated += released
-        return released
+        return self._release(len(self._idle))
+
+    def give_back(self) -> int:
+        """Give free chunks back to the system that are beyond the limit; how many chunks that were."""
+        count = self.budget.num_excess
+        self._steal(count - len(self._idle))
+        if len(self._idle) < count and self._sent:
+            self.receive(wait=True)
+            self._steal(count - len(self._idle))
+        return self._release(min(count, len(self._idle)))
 
     def check(self) -> None:
         """Raise ConservationError unless every chunk is in exactly one state."""
@@ -292,8 +298,9 @@ class ChunkPool:
             raise ConservationError(
                 f"chunks in two states or in none: {[len(s) for s in sets]} of {len(self._handles)}"
             )
-        if len(seen) + sent.count(None) + self._num_uncreated != self.total:
-            raise ConservationError(f"{len(seen)} chunks + {self._num_uncreated} not made != {self.total}")
+        num_unmade = self.budget.num_unmade
+        if len(seen) + sent.count(None) + num_unmade != self.total:
+            raise ConservationError(f"{len(seen)} chunks + {num_unmade} not made != {self.total}")
         if len(retiring) != self._num_retiring or len(owned) != self._by_owner.total():
             raise ConservationError("the counts of owned or retiring chunks are off")
         if len(sent) != len(self._sent):
@@ -303,18 +310,17 @@ class ChunkPool:
         handles = self.vm.create(count)
         for handle in handles:
             self._idle.append(self._new(handle))
-        self._num_uncreated -= len(handles)
+        self.budget.made(len(handles))
         if len(handles) < count:
-            self._refused()
+            self.budget.refuse()
 
-    def _refused(self) -> None:
-        """The device has no more memory: do with what there is, until `ask_again`."""
-        left = self.total - self._num_uncreated
-        if left < self._least_told:  # said once, however often it is asked for again
-            self._least_told = left
-            logger.warning("the pool shrinks from %d to %d chunks: the device has no more", self.total, left)
-        self._num_refused += self._num_uncreated
-        self.resize(0)
+    def _release(self, count: int) -> int:
+        released = self.vm.release([self._handles[chunk] for chunk in self._idle[:count]])
+        for chunk in self._idle[:released]:
+            del self._handles[chunk]
+        del self._idle[:released]
+        self.budget.unmade(released)
+        return released
 
     def _new(self, handle: int) -> int:
         chunk = self._next_id
@@ -343,8 +349,8 @@ class ChunkPool:
     def _next_to_send(self, target: Place, is_held: bool) -> Delivery | None:
         if self._idle:
             return Delivery(self._idle.pop(), None, target, is_held)
-        if self._num_uncreated:
-            self._num_uncreated -= 1
+        if self.budget.num_unmade:
+            self.budget.made(1)
             return Delivery(None, None, target, is_held)
         stolen = self._warm.pop_spare()
         if stolen is None:
@@ -360,8 +366,8 @@ class ChunkPool:
         if source is not None:
             source[0].unmapped(source[1])
         if moved.handle is None:
-            self._num_uncreated += 1
-            self._refused()
+            self.budget.unmade(1)
+            self.budget.refuse()
             return
         chunk = self._new(moved.handle) if one.chunk is None else one.chunk
         if moved.outcome is Outcome.DONE:

@@ -3,8 +3,7 @@
 A step reserves all it needs, KV growth and activations, in one all-or-nothing transaction before it
 starts (eLLM section 4; without that, two half-served steps can block each other for good). Shortage is
 a value. Sources, in this order: free chunks, the arena's idle tail, blocks that no sequence reads, the
-least useful first, layer groups of parked sequences; what is still missing, the scheduler has to take from a
-sequence.
+least useful first, layer groups of parked sequences; what is still missing, a sequence has to give.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from engine.config import Mode
 from engine.errors import ConfigError, ConservationError, DriverError
 from engine.memory.ahead import MappingAhead
-from engine.memory.arena import ActivationArena, BufferSpec
+from engine.memory.arena import SMALLEST_PIECE, ActivationArena, BufferSpec
 from engine.memory.balloon import Balloon
 from engine.memory.blocks import Match, Opened, TokenChain, Tokens
 from engine.memory.chunks import ChunkPool
@@ -28,8 +27,11 @@ from engine.memory.host_rows import HostRows
 from engine.memory.kv_cache import KvCache
 from engine.memory.kv_geometry import KvGeometry
 from engine.memory.kv_slots import KvSlots
+from engine.memory.kv_stream import KvTransport
 from engine.memory.layer_wise import LayerWise
+from engine.memory.limit import PoolLimit
 from engine.memory.parking import Parking
+from engine.memory.passages import Passages
 from engine.memory.virtual_tensor import VirtualTensor
 from engine.memory.vmm import VirtualMemory
 from engine.messages import MemorySnapshot
@@ -73,11 +75,11 @@ class MemoryPool:
         num_slots: int | None = None,
         caches_prefixes: bool = False,
     ) -> None:
-        self._vm = vm
-        self._mode = mode
+        self._vm, self._mode = vm, mode
         self._step_chunks = 0
         self._steps: deque[tuple[int, int]] = deque([_ONE_TOKEN], maxlen=_USUAL_STEPS)
         self.chunks = ChunkPool(vm, total)
+        self.limit = PoolLimit(self.chunks, self._vacate, mode == "elastic")
         if mode != "elastic":
             self.chunks.create_all()
         self.arena = ActivationArena(self.chunks, specs, max_step_tokens, num_seqs, padded_sizes)
@@ -96,14 +98,21 @@ class MemoryPool:
         self.parking: Parking | None = None
         self.layer_wise: LayerWise | None = None
         self.host_prefixes: HostPrefixes | None = None
+        self.passages: Passages | None = None
 
-    def add_balloon(self, balloon: Balloon, copies: Copies) -> None:
-        """From now on sequences can be parked in host memory, and what they leave is kept there."""
+    def add_balloon(self, balloon: Balloon, copies: Copies, transport: KvTransport | None = None) -> None:
+        """From now on sequences can be parked in host memory, and what they leave is kept there.
+
+        Args:
+            transport: by which parked ones go to other engines, and come from there.
+        """
         host, back = HostRows(balloon, self.kv.geometry.num_groups), self._back_returning
         parts = self.kv, self._slots, self.chunks
         self.parking = parking = Parking(*parts, host, copies, self._room_to_return, back)
         self.layer_wise = LayerWise(*parts, parking)
         self.host_prefixes = HostPrefixes(*parts, parking, back)
+        if transport is not None:
+            self.passages = Passages(parking, transport, self.kv.geometry.tokens_per_chunk)
 
     @property
     def num_free_slots(self) -> int:
@@ -125,6 +134,11 @@ class MemoryPool:
         self.chunks.resize(num_bytes // self._vm.chunk_bytes)
         if self._mode != "elastic":
             self.chunks.create_all()
+
+    def chunks_for(self, num_tokens: int) -> int:
+        """Chunks that a sequence of that length needs to be computed, alone, to its end."""
+        kv, step = self.kv.geometry.chunks_for(num_tokens), self.arena.chunks_for(SMALLEST_PIECE, 1)
+        return kv + max(self._floor, step) + 1  # the guard
 
     def room_for_kv(self, num_tokens: int, num_rows: int) -> int:
         """Chunks KV could gain beside a step of that size; negative if the step alone is too large."""
@@ -244,7 +258,7 @@ class MemoryPool:
         return MemorySnapshot(
             chunk_bytes=self._vm.chunk_bytes,
             total=chunks.total,
-            free=chunks.num_free,
+            free=chunks.num_unowned,
             kv=chunks.num_owned("kv") - self._slots.num_evictable,
             cached=self._slots.num_evictable,
             activation=chunks.num_owned("activation"),
@@ -260,6 +274,8 @@ class MemoryPool:
             copied_out_bytes=parking.copies.bytes_moved(Direction.OUT) if parking else 0,
             copied_in_bytes=parking.copies.bytes_moved(Direction.IN) if parking else 0,
             created=chunks.num_created,
+            limit=chunks.budget.configured if chunks.budget.limit is None else chunks.budget.limit,
+            configured=chunks.budget.configured,
             kv_tokens=sum(self._slots.num_tokens),
             driver_calls=self._vm.num_calls,
             driver_calls_beside=self._vm.num_calls_beside,
@@ -271,7 +287,8 @@ class MemoryPool:
         self.prefixes.check()
         if self.parking is not None and self.host_prefixes is not None:
             self.parking.check()
-            self.parking.host.check(self.parking.users() + self.host_prefixes.users())
+            users = self.parking.users() + self.host_prefixes.users()
+            self.parking.host.check(users + self.passages.users() if self.passages is not None else users)
         now = self.snapshot()
         if now.free + now.kv + now.cached + now.activation + now.guard + now.retiring != now.total:
             raise ConservationError(f"free + owned + retiring != total: {now}")
@@ -317,6 +334,12 @@ class MemoryPool:
         self._slots.evict(short)
         if self.parking is not None:
             self.parking.evict(num_chunks - self.chunks.num_free)
+
+    def _vacate(self) -> None:
+        """Let go of what no sequence needs, as far as more is held than may be."""
+        self._make_room(0, self._step_chunks)
+        if self.chunks.num_free < 0 and self.layer_wise is not None:
+            self.layer_wise.release()
 
     def _shrink_idle(self, num_chunks: int) -> int:
         return self._shrink_arena(num_chunks, self._step_chunks)

@@ -24,6 +24,7 @@ from engine.model.rank_group import RankGroup
 from engine.model.runner import Launch, ModelRunner, Words
 from engine.tp.executor import MemoryExecutor
 from engine.tp.followers import Kind
+from engine.tp.migration import TransferService
 from engine.tp.order_loop import OrderLoop
 from engine.tp.orders import LAYER_DONE, Ranges
 from engine.tp.place import RankPlace
@@ -84,6 +85,9 @@ class Follower:
         )
         copies, maker = make_link(facts.device, self._vm.chunk_bytes)
         self._memory = MemoryExecutor(self._vm, copies, self._report, self._wait_for_run)
+        self._transfers = TransferService(
+            place.rank, self._memory.addresses, self._vm.chunk_bytes, self._report
+        )
         self._slabs = SlabService(maker, slabs, self._memory.addresses)
         self._runner: ModelRunner | None = None
         self._record = cuda_graph_recorder(facts.device) if facts.device.type == "cuda" else None
@@ -91,6 +95,7 @@ class Follower:
         self._running: deque[tuple[int, torch.cuda.Event]] = deque()
         orders = {
             **self._memory.orders,
+            **self._transfers.orders,
             "free": self._slabs.free,
             "see": self._see,
             "run": self._run,
@@ -99,7 +104,7 @@ class Follower:
             "release unused": self._release_unused,
         }
         spin_s = _SPIN_S if facts.device.type == "cuda" else 0.0  # a CPU rank needs its cores to compute
-        self._loop = OrderLoop(plan, orders, lambda: self._memory.is_idle, self._memory.report, spin_s)
+        self._loop = OrderLoop(plan, orders, self._is_idle, self._report_ended, spin_s)
         self._report(Kind.ANSWER, num_chunks)  # that this device has room for
 
     @torch.inference_mode()
@@ -110,6 +115,13 @@ class Follower:
 
     def _report(self, *content: object) -> None:
         self._plan.send(pack(content))
+
+    def _is_idle(self) -> bool:
+        return self._memory.is_idle and self._transfers.is_idle
+
+    def _report_ended(self) -> None:
+        self._memory.report()
+        self._transfers.report()
 
     def _see(self, ranges: Ranges) -> None:
         """Make views of the first rank's pool, and what runs over them."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from engine.memory.copies import Copies
+from engine.memory.kv_stream import KvTransport
 from engine.memory.pool import MemoryPool
 from engine.memory.slabs import SlabMaker
 from engine.memory.vmm import VirtualMemory
 from engine.model.runner import ModelRunner
 from engine.tp.followers import Followers
 from engine.tp.group_runner import GroupRunner
+from engine.tp.migration import MirroredTransport
 from engine.tp.mirrors import MirroredCopies, MirroredMemory, MirroredSlabs
 from engine.tp.orders import Ranges
 from engine.tp.place import RankPlace
@@ -49,6 +51,10 @@ class Leader:
     def slabs(self, own: SlabMaker) -> SlabMaker:
         """Makes host memory for all ranks."""
         return MirroredSlabs(own, self._slab_links, self._followers)
+
+    def transport(self, own: KvTransport, host: str) -> KvTransport:
+        """Moves KV of all ranks to other engines and from there."""
+        return MirroredTransport(own, host, self._followers)
 
     def runner(self, own: ModelRunner, pool: MemoryPool) -> GroupRunner:
         """Runs plans on all ranks, which are told here where the pool is."""

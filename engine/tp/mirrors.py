@@ -188,12 +188,12 @@ class MirroredCopies:
         ticket = self._followers.new_ticket()
         packed = [np.array(addresses, np.uint64).tobytes() for addresses in (targets, sources)]
         self._followers.send("copy", ticket, direction, *packed, after_steps)
-        return _MirroredTicket(
+        return MirroredTicket(
             self._own.submit(direction, targets, sources, after_steps), ticket, self._followers
         )
 
     def hold_steps(self, ticket: Ticket) -> None:
-        if isinstance(ticket, _MirroredTicket):
+        if isinstance(ticket, MirroredTicket):
             self._followers.send("hold", ticket.number)
             self._own.hold_steps(ticket.own)
 
@@ -204,7 +204,9 @@ class MirroredCopies:
         self._own.close()
 
 
-class _MirroredTicket:
+class MirroredTicket:
+    """What ends on each rank by itself. Implements `Ticket`."""
+
     def __init__(self, own: Ticket, number: int, followers: Followers) -> None:
         self.own = own
         self.number = number

@@ -7,12 +7,15 @@ is gone, and wakes who waits for it.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineDeadError
@@ -122,7 +125,8 @@ def accept(place: RankPlace, kinds: Sequence[str], timeout_s: float = JOIN_S) ->
     found: dict[tuple[str, int], Link] = {}
     wanted = [(kind, rank) for kind in kinds for rank in range(1, place.size)]
     with socket.socket(socket.AF_UNIX) as door:
-        door.bind(place.socket)
+        with _within_reach(place.socket) as address:
+            door.bind(address)
         door.listen(len(wanted))
         until = time.monotonic() + timeout_s
         while len(found) < len(wanted):
@@ -148,7 +152,8 @@ def connect(place: RankPlace, kind: str, timeout_s: float = JOIN_S) -> Link:
     while True:
         end = socket.socket(socket.AF_UNIX)
         try:
-            end.connect(place.socket)
+            with _within_reach(place.socket) as address:
+                end.connect(address)
             break
         except OSError as error:
             end.close()
@@ -158,3 +163,13 @@ def connect(place: RankPlace, kind: str, timeout_s: float = JOIN_S) -> Link:
     link = Link(end, "the first rank")
     link.send(pack((kind, place.rank)))
     return link
+
+
+@contextlib.contextmanager
+def _within_reach(path: str) -> Iterator[str]:
+    """Another name of a socket: the kernel takes 107 bytes at most, and TMPDIR may be longer."""
+    directory = os.open(Path(path).parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{directory}/{Path(path).name}"
+    finally:
+        os.close(directory)

@@ -19,6 +19,7 @@ import cluster.reports
 import engine.control
 import engine.errors
 import engine.messages
+import engine.migration
 from engine.errors import BallonetError
 
 SCALARS: dict[type, Any] = {str: "text", int: 1, float: 0.5, bool: True, bytes: b"\x00\xff"}
@@ -49,7 +50,7 @@ def errors() -> list[type[BallonetError]]:
 
 def messages() -> list[type]:
     """Every dataclass of the modules that hold nothing else."""
-    modules = (engine.messages, engine.control, cluster.reports)
+    modules = (engine.messages, engine.control, engine.migration, cluster.reports)
     members = {
         member: None for module in modules for _, member in inspect.getmembers(module, inspect.isclass)
     }

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import orjson
+import ray
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
@@ -23,7 +24,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from cluster import app as ours
 from cluster.config import ServingArgs, validate
 from engine.config import EngineConfig
-from engine.messages import EngineInfo, EngineSnapshot, GenerateRequest, MemorySnapshot, ReplyTo, TokenDelta
+from engine.messages import (
+    EngineInfo,
+    EngineSnapshot,
+    GenerateRequest,
+    MemorySnapshot,
+    ReplyTo,
+    TokenDelta,
+)
+from engine.open_requests import OpenRequests
+from engine.request_door import RequestDoor
+from engine.request_wire import EngineAddress
 from engine.token_sender import TokenSender
 
 MODEL, VOCAB = "bench", 200
@@ -38,22 +49,27 @@ class GeneratedEngine:
         self._step_s = float(config.model.source.removeprefix(_STEP_NAME))
         self._left: dict[str, int] = {}
         self._num_steps = 0
-        self._sender = TokenSender(lambda request_id: self._left.pop(request_id, None))
+        self._sender = TokenSender(self._cancel)
+        self._requests = OpenRequests(self._sender, self._submit, self._cancel)
         self._loop: asyncio.Task[None] | None = None
 
     async def info(self) -> EngineInfo:
         return EngineInfo(MODEL, "cpu", "float32", 1 << 16, VOCAB, (0,), 1 << 20, 1 << 20, 16, 1, 0.0)
 
+    async def door(self) -> EngineAddress:
+        self._door = RequestDoor(ray.util.get_node_ip_address(), self._requests)
+        return self._door.door
+
     async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
+        await self._requests.run(request, reply_to)
+
+    def _submit(self, request: GenerateRequest) -> None:
         self._loop = self._loop or asyncio.create_task(self._step_forever())
-        ended = self._sender.open(request.request_id, reply_to)
         self._left[request.request_id] = request.sampling.max_tokens
         self._step([request.request_id])
-        try:
-            await ended
-        finally:
-            self._sender.close(request.request_id)
-            self._left.pop(request.request_id, None)
+
+    def _cancel(self, request_id: str) -> None:
+        self._left.pop(request_id, None)
 
     async def _step_forever(self) -> None:
         due_s = time.perf_counter()
@@ -75,7 +91,10 @@ class GeneratedEngine:
         self._sender.put(deltas)
 
     async def cancel(self, request_id: str) -> None:
-        self._left.pop(request_id, None)
+        self._cancel(request_id)
+
+    async def drain(self) -> None:
+        pass
 
     async def snapshot(self) -> EngineSnapshot:
         memory = MemorySnapshot(1 << 20, 1, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0)

@@ -47,15 +47,15 @@ def llm(model_id: str, source: Path | str, tokenizer: Path, **sections: Any) -> 
     }
 
 
-def serve_file(port: int, name: str, route: str, *llms: dict[str, Any]) -> ServeFile:
-    """A file with one application."""
+def serve_file(port: int, name: str, route: str, *llms: dict[str, Any], **controller: float) -> ServeFile:
+    """A file with one application; `controller` are constants of that."""
     application = {
         "name": name,
         "route_prefix": route,
         "import_path": "cluster.app:build",
         "args": {
             "llm_configs": list(llms),
-            "controller": {"tick_s": 0.2},
+            "controller": {"tick_s": 0.2} | controller,
             "ingress": {"admin_api_keys": [ADMIN_KEY]},
         },
     }

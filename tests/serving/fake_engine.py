@@ -2,8 +2,10 @@
 
 What the first token of a prompt asks for:  token 1 is answered at once, 2 slowly and without end, 3 is
 refused as a wrong request, 4 as overload, 5 kills the process after one token, 6 before any, 7 does so once:
-another process that sees it answers. 8 gets one token, and then the step loop stands still. A prompt that was
-seen with the same salt is cached but for its last token, in a chunk of its own.
+another process that sees it answers. 8 gets one token, and then the step loop stands still. 9 is answered
+after two seconds. 10 is cut off from its ingress after a token, 11 before any, once. More requests than
+max_num_seqs are late. A prompt that was seen with the same salt is cached but for its last token, in a chunk
+of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
+
+import ray
 
 from engine.config import EngineConfig
 from engine.control import Order, OrderAnswer
@@ -26,10 +31,24 @@ from engine.messages import (
     ReplyTo,
     TokenDelta,
 )
+from engine.open_requests import OpenRequests
+from engine.request_door import RequestDoor
+from engine.request_wire import EngineAddress
 from engine.token_sender import TokenSender
+from tests.cut_proxy import CutProxy
 
 TOTAL, CHUNK_BYTES = 64, 1 << 20
-QUICK, SLOW, WRONG, FULL, FATAL, POISON, UNLUCKY, STUCK = 1, 2, 3, 4, 5, 6, 7, 8
+QUICK, SLOW, WRONG, FULL, FATAL, POISON, UNLUCKY, STUCK, LATE = 1, 2, 3, 4, 5, 6, 7, 8, 9
+CUT, UNSENT = 10, 11
+_SILENCE_S = 2.0  # of a connection that is cut
+
+
+class _Requests(OpenRequests):
+    """Leaves to their calls what goes over a network of its own."""
+
+    def begin(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
+        if request.prompt_token_ids[0] not in (CUT, UNSENT):
+            super().begin(request, reply_to)
 
 
 class FakeEngine:
@@ -42,6 +61,8 @@ class FakeEngine:
         self._created = TOTAL
         self._queries = self._hits = 0
         self._sender = TokenSender(self._running.discard)
+        self._requests = _Requests(self._sender, self._submit, self._running.discard)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_stuck = False
         self._order: Order | None = None
 
@@ -62,7 +83,18 @@ class FakeEngine:
             load_s=0.1,
         )
 
+    async def door(self) -> EngineAddress:
+        self._door = RequestDoor(ray.util.get_node_ip_address(), self._requests)
+        return self._door.door
+
     async def generate(self, request: GenerateRequest, reply_to: ReplyTo) -> None:
+        order = request.prompt_token_ids[0]
+        if order == CUT or (order == UNSENT and _is_first(request)):
+            await self._answer_by_a_network_that_is_cut(request, reply_to, order)
+        else:
+            await self._requests.run(request, reply_to)
+
+    def _submit(self, request: GenerateRequest) -> None:
         order = request.prompt_token_ids[0]
         if order == WRONG:
             raise RequestError("this prompt is wrong", "prompt", "bad_prompt")
@@ -70,18 +102,37 @@ class FakeEngine:
             raise OverloadedError("the queue is full (1)", 7.0)
         self._running.add(request.request_id)
         self._created = max(self._created, len(self._running) + len(self._cache))
+        task = asyncio.get_running_loop().create_task(self._answer(request, order, self._sender))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, request: GenerateRequest, order: int, sender: TokenSender) -> None:
         reason = "cancelled"
-        ended = self._sender.open(request.request_id, reply_to)
         try:
             async for delta in self._tokens(request, order):
                 self._generated += len(delta.token_ids)
                 reason = delta.finish_reason or reason
-                self._sender.put([delta])
-            await ended
+                sender.put([delta])
         finally:
-            self._sender.close(request.request_id)
             self._running.discard(request.request_id)
             self._finished[reason] += 1
+
+    async def _answer_by_a_network_that_is_cut(
+        self, request: GenerateRequest, reply_to: ReplyTo, order: int
+    ) -> None:
+        proxy = CutProxy(reply_to.address)
+        await proxy.start()
+        sender = TokenSender(self._running.discard, silence_s=_SILENCE_S)
+        cut = asyncio.get_running_loop().call_later(0.5, proxy.cut)
+        self._running.add(request.request_id)
+        ended = sender.open(request.request_id, replace(reply_to, address=proxy.address))
+        try:
+            await self._answer(request, order, sender)
+            await ended
+        finally:
+            cut.cancel()
+            sender.shut()
+            proxy.close()
 
     async def _tokens(self, request: GenerateRequest, order: int) -> AsyncGenerator[TokenDelta, None]:
         last = request.sampling.max_tokens - 1
@@ -92,8 +143,10 @@ class FakeEngine:
         self._hits += cached
         if order == POISON or (order == UNLUCKY and _is_first(request)):
             os._exit(1)
+        if order in (LATE, UNSENT):
+            await asyncio.sleep(2 if order == LATE else 1)
         for step in range(last + 1):
-            await asyncio.sleep(0.05 if order == SLOW else 0.005)
+            await asyncio.sleep(0.05 if order in (SLOW, CUT) else 0.005)
             reason = "length" if step == last else None
             yield TokenDelta(
                 request.request_id, (100 + step,), finish_reason=reason, num_cached_tokens=cached
@@ -138,6 +191,7 @@ class FakeEngine:
             model_id=self._config.model.model_id,
             monotonic_s=0.0,
             num_waiting=0,
+            num_waiting_late=max(0, len(self._running) - self._config.scheduler.max_num_seqs),
             num_running=len(self._running),
             num_steps=self._generated,
             num_preemptions=0,
@@ -157,6 +211,10 @@ class FakeEngine:
     async def apply(self, order: Order) -> OrderAnswer:
         self._order = order
         return OrderAnswer("applied", order.epoch, order.revision)
+
+    async def drain(self) -> None:
+        while self._requests.num_unclaimed:
+            await asyncio.sleep(0.05)
 
     async def check_health(self) -> None:
         if self._is_stuck:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +19,8 @@ import pytest
 
 from cluster.client import Client
 from tests.serving.conftest import ROOT
-from tests.serving.fake_engine import FATAL, POISON, QUICK, SLOW, STUCK, UNLUCKY
-from tests.serving.processes import engines, eventually, kill, processes
+from tests.serving.fake_engine import CUT, FATAL, LATE, POISON, QUICK, SLOW, STUCK, UNLUCKY, UNSENT
+from tests.serving.processes import descendants, engines, eventually, kill, processes
 
 pytestmark = pytest.mark.ray
 
@@ -54,8 +55,10 @@ def pair_url(base_url: str) -> Iterator[str]:
     eventually(lambda: _groups(base_url) == len(engines(PAIR)) == 2)
 
 
-def _stream_on_each_group(url: str, pool: ThreadPoolExecutor, count: int, tokens: int) -> list[Future[Any]]:
-    futures = [pool.submit(_events, url, _body(SLOW, tokens, "pair")) for _ in range(count)]
+def _stream_on_each_group(
+    url: str, pool: ThreadPoolExecutor, count: int, tokens: int, order: int = SLOW
+) -> list[Future[Any]]:
+    futures = [pool.submit(_events, url, _body(order, tokens, "pair")) for _ in range(count)]
 
     def spread() -> bool:
         running = [group.num_running for group in Client(url).status()["pair"]]
@@ -78,6 +81,25 @@ def test_an_engine_that_is_killed_ends_its_own_streams_alone(pair_url: str, reco
             assert 0 < _num_tokens(events) < 100
         else:
             assert _num_tokens(events) == 100
+    record_property("rebuilt_s", eventually(lambda: _groups(pair_url) == len(engines(PAIR)) == 2))
+
+
+def test_a_replica_that_is_killed_takes_its_engine_along(pair_url: str, record_property: Record) -> None:
+    """Its engine would hold the GPU that the next group needs. Whoever had no token yet is served."""
+    before = set(engines(PAIR))
+    with ThreadPoolExecutor(12) as pool:
+        streams = _stream_on_each_group(pair_url, pool, 6, 100)
+        waiting = [pool.submit(_events, pair_url, _body(LATE, 5, "pair")) for _ in range(6)]
+        eventually(lambda: sum(group.num_running for group in Client(pair_url).status()["pair"]) == 12)
+        os.kill(min(processes(f"ray::ServeReplica:{PAIR}")), signal.SIGKILL)
+        gone_s = eventually(lambda: len(before & descendants(os.getpid())) == 1)
+        answers = [stream.result(60) for stream in streams]
+        assert [_num_tokens(answer.result(60)) for answer in waiting] == [5] * 6
+    failed = [events for events in answers if "error" in events[-1]]
+    assert 1 <= len(failed) <= 5
+    assert {events[-1]["error"]["code"] for events in failed} == {"engine_unavailable"}
+    assert all(_num_tokens(events) == 100 for events in answers if events not in failed)
+    record_property("engine_gone_s", gone_s)
     record_property("rebuilt_s", eventually(lambda: _groups(pair_url) == len(engines(PAIR)) == 2))
 
 
@@ -111,6 +133,25 @@ def test_a_step_loop_that_stands_still_is_replaced(pair_url: str) -> None:
     assert "no step has ended" in events[-1]["error"]["message"]
     assert _num_tokens(events) == 1
     eventually(lambda: len(set(engines(PAIR)) - before) == 1)
+
+
+def test_a_network_that_is_cut_between_engine_and_ingress_ends_its_streams(
+    pair_url: str, record_property: Record
+) -> None:
+    """Ray's own connections hold. The engine misses the ingress' heartbeats, and says so by the open call."""
+    before = set(engines(PAIR))
+    with ThreadPoolExecutor(2) as pool:
+        started = time.monotonic()
+        cut = pool.submit(_events, pair_url, _body(CUT, 400, "pair"))
+        whole = pool.submit(_events, pair_url, _body(SLOW, 60, "pair"))
+        events = cut.result(60)
+        record_property("stream_ended_s", time.monotonic() - started - 0.5)
+        assert _num_tokens(whole.result(60)) == 60
+    assert events[-1]["error"]["code"] == "engine_unavailable"
+    assert 0 < _num_tokens(events) < 400
+    assert _num_tokens(_events(pair_url, _body(UNSENT, 5, "pair"))) == 5  # no token had come: once more
+    eventually(lambda: sum(group.num_running for group in Client(pair_url).status()["pair"]) == 0)
+    assert set(engines(PAIR)) == before
 
 
 def test_an_ingress_that_is_killed_takes_its_requests_out_of_the_engines(

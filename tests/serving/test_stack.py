@@ -218,6 +218,26 @@ def test_an_engine_that_cannot_start_is_one_message(base_url: str, port: int, to
     assert httpx.get(f"{base_url}/health").status_code == 200
 
 
+def test_a_model_for_gpus_waits_for_their_nodes_and_says_so(
+    base_url: str, port: int, tokenizer_dir: Path
+) -> None:
+    """Ray builds an application once its head is up; GPU nodes join later."""
+
+    class WaitsError(Exception):
+        pass
+
+    def progress(text: str) -> None:
+        if text.startswith("waiting for nodes with GPUs"):
+            raise WaitsError(text)
+
+    entry = llm("later", tokenizer_dir, tokenizer_dir, engine_kwargs={"device": "cuda"})
+    file = serve_file(port, "later", "/later", entry)
+    with pytest.raises(WaitsError, match="later 1; there: none"), launch.deployed(file, progress, build_fake):
+        pass
+    _eventually(lambda: "later" not in serve.status().applications)
+    assert httpx.get(f"{base_url}/health").status_code == 200
+
+
 def test_the_controller_is_obeyed_and_status_tells_its_orders(http: httpx.Client) -> None:
     """Orders travel through Serve to every group, and come back in the snapshots."""
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -17,6 +17,7 @@ from ray.util import list_named_actors
 from cluster import launch
 from cluster.client import Client
 from tests.serving.conftest import serve_file
+from tests.serving.processes import descendants, eventually, processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.model]
 
@@ -43,18 +44,16 @@ def ask(url: str) -> str:
     return Client(url).chat(MODEL, QUESTION, lambda piece: None, temperature=0, max_tokens=24).text
 
 
-def rank_processes() -> dict[str, int]:
-    """Process ids of the group's ranks, by their class. One that follows is busy: its title names it."""
+def group_processes() -> dict[str, int]:
+    """Process ids of the group's replica and ranks, by their class."""
     named = [one for one in list_named_actors(all_namespaces=True) if MODEL in one["name"]]
     engine = ray.get_actor(**next(one for one in named if one["name"].endswith(":rank0")))
-    following = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if b"RankActor" in path.read_bytes()
-    ]
+    (following,) = processes("ray::RankActor")
+    (replica,) = processes("ray::ServeReplica:ranks:TpGroup")
     return {
+        "ServeReplica": replica,
         "EngineActor": ray.get(engine.__ray_call__.remote(lambda self: os.getpid())),
-        "RankActor": following[0],
+        "RankActor": following,
     }
 
 
@@ -66,10 +65,12 @@ def test_two_ranks_answer_as_one_does(url: str, demo_url: str) -> None:
     assert "Paris" in one.text
 
 
-@pytest.mark.parametrize("kind", ["RankActor", "EngineActor"])
-def test_a_killed_rank_takes_the_group_down_and_it_comes_back(url: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["RankActor", "EngineActor", "ServeReplica"])
+def test_a_killed_process_takes_the_group_down_and_it_comes_back(
+    url: str, kind: str, record_property: Callable[[str, object], None]
+) -> None:
     """Its streams end with an error, nothing hangs, and the same question has the same answer later."""
-    before, processes = ask(url), rank_processes()
+    before, all_processes = ask(url), group_processes()
     body = {
         "model": MODEL,
         "messages": QUESTION,
@@ -86,8 +87,11 @@ def test_a_killed_rank_takes_the_group_down_and_it_comes_back(url: str, kind: st
         for line in stream.iter_lines():
             lines.append(line)
             if len(lines) == 10:
-                os.kill(processes[kind], signal.SIGKILL)
+                os.kill(all_processes[kind], signal.SIGKILL)
     assert any('"error"' in line for line in lines), lines[-5:]
+    # Ranks wait for one another in sums; all must end, or they would hold the memory that the next ones need.
+    gone_s = eventually(lambda: not set(all_processes.values()) & descendants(os.getpid()), PATIENCE_S)
+    record_property(f"gone_s_{kind}", gone_s)
     deadline = time.monotonic() + PATIENCE_S
     while True:
         with contextlib.suppress(Exception):
@@ -95,4 +99,3 @@ def test_a_killed_rank_takes_the_group_down_and_it_comes_back(url: str, kind: st
             break
         assert time.monotonic() < deadline, "the group has not come back"
         time.sleep(0.5)
-    assert not set(processes.values()) & set(rank_processes().values()), "a rank outlived its group"

@@ -14,13 +14,14 @@ from engine.calibration import Calibration, StepRates
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig, SloConfig
 from engine.memory.arena import BufferSpec
 from engine.memory.kv_geometry import KvGeometry
+from engine.memory.vmm import VirtualMemory
 from engine.messages import GenerateRequest, SamplingParams
-from engine.simulation import EngineShape
+from engine.simulation import EngineShape, Gpu
 from engine.simulation import SimulatedEngine as EngineInVirtualTime
 from tests.bench.in_process import EngineStepper
 
 GIB = 1 << 30
-_CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 2 << 20
 _PIN_S = 0.67  # a GiB (DESIGN.md 8)
 
 # Llama-3.1-8B in bf16 on an H100: 16 GB of weights at 3.0 TB/s beside 1.2 ms of launches; 600 TFLOP/s in
@@ -42,7 +43,7 @@ def specs_8b() -> tuple[BufferSpec, ...]:
 
 
 SHAPE_8B = EngineShape(
-    KvGeometry.choose(32, 8, 128, 2, _CHUNK_BYTES, None, 128),
+    KvGeometry.choose(32, 8, 128, 2, CHUNK_BYTES, None, 128),
     specs_8b(),
     torch.bfloat16,
     131_072,
@@ -60,6 +61,8 @@ class SimulatedEngine(EngineStepper):
         pool_gib: device memory for KV and activations.
         balloon_gib: host memory; 0 is none.
         slab_gib: it grows and shrinks by; None is there at once, for good.
+        gpu: that it shares with other engines; None is one of its own.
+        vm: the driver; None makes as many chunks as are asked for.
         scheduler, slo, memory: of the engine.
         max_model_len: tokens of the longest sequence, if the pool holds as many.
         priority_of: a request's priority, by its id.
@@ -76,13 +79,15 @@ class SimulatedEngine(EngineStepper):
         device: Calibration = H100_8B,
         priority_of: Callable[[str], int] = lambda request_id: 0,
         slab_gib: float | None = None,
+        gpu: Gpu | None = None,
+        vm: VirtualMemory | None = None,
     ) -> None:
         config = EngineConfig(
             ModelSource("simulated", "nowhere"),
             replace(
                 memory or MemoryConfig(enable_prefix_caching=False),
                 pool_bytes=int(pool_gib * GIB),
-                balloon_slab_bytes=max(_CHUNK_BYTES, int((slab_gib or balloon_gib) * GIB)),
+                balloon_slab_bytes=max(CHUNK_BYTES, int((slab_gib or balloon_gib) * GIB)),
             ),
             scheduler or SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192),
             slo=slo or SloConfig(),
@@ -97,6 +102,8 @@ class SimulatedEngine(EngineStepper):
             self.publish,
             int(balloon_gib * GIB),
             is_filled=True,
+            gpu=gpu,
+            vm=vm,
         )
         super().__init__(made.clock)
         self.clock, self.device = made.clock, made.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -17,8 +18,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cluster import cli, cli_render
+from cluster import cli, cli_render, launch
 from cluster.client import Answer, Client, ClientError
+from engine.control import HostSnapshot
 from tests.unit.samples import MEMORY, snapshot
 
 LAPTOP = Path(__file__).parents[2] / "deploy" / "laptop.yaml"
@@ -145,6 +147,16 @@ def test_serve_wants_the_model_before_ray(tmp_path: Path) -> None:
     assert "starting Ray" not in output
 
 
+def test_serve_wants_the_gpus_before_it_deploys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "ray_running", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "require_port", lambda _: None)
+    monkeypatch.setattr(launch, "node_gpus", lambda: [0.0])
+    status, output = _run("serve", str(LAPTOP.with_name("one-node.yaml")))
+    assert status == 1
+    assert "error: GPUs asked for: llama-3.1-8b-instruct 1; there: none" in output
+    assert "deploying" not in output
+
+
 def test_serve_says_that_the_port_is_taken(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.touch()
@@ -258,6 +270,18 @@ def test_cached_tokens_show_beside_the_prompts() -> None:
     assert "9 tokens in, 2 out" in cli_render.answer_figures(Answer("", "stop", 9, 2, 1.0, 2.0)).plain
     cached = cli_render.answer_figures(Answer("", "stop", 9, 2, 1.0, 2.0, 8)).plain
     assert "9 tokens in (8 cached), 2 out" in cached
+
+
+def test_status_tells_the_ranks_and_the_node_of_a_group() -> None:
+    hosts = [HostSnapshot(f"{node}123456789abcdef", 1 << 40, 1 << 39) for node in "ab"]
+    two = replace(snapshot("m"), num_ranks=2, host=hosts[0])
+    one = replace(snapshot("m"), host=hosts[1])
+    shown = _rendered(cli_render.status_view({"m": [two, one, snapshot("m")]}))
+    assert "m group 0 (2 ranks, memory of the first, node a1234567): 4 running" in shown
+    assert "m group 1 (node b1234567): 4 running" in shown
+    assert "m group 2: 4 running" in shown
+    shown = _rendered(cli_render.status_view({"m": [two, two]}))
+    assert "m group 1 (2 ranks, memory of the first): 4 running" in shown  # there is one node
 
 
 def test_a_model_without_engines_is_named() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from cluster import config_source, ray_service_check
 from cluster.config import (
     EngineKwargs,
     MemorySection,
@@ -45,11 +45,11 @@ def _faults(section: type, data: Any) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_files_are_valid(path: Path) -> None:
-    if "applications" not in yaml.safe_load(path.read_text()):
-        pytest.skip("a Kubernetes manifest")
-    assert load(path).applications
-    # `serve deploy` must take the same file.
-    assert ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
+    file, notes = ray_service_check.check(path)
+    assert file.applications
+    assert notes == []
+    # `serve deploy` must take the same file, and KubeRay hands the text inside a manifest to the same door.
+    assert ServeDeploySchema.model_validate(config_source.read(path).data).applications
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.yaml")), ids=lambda path: path.name)
@@ -61,7 +61,8 @@ def test_settings_in_comments_are_valid_too(
     text, num_settings = re.subn(r"^( +)# (\w+: )", r"\1\2", path.read_text(), flags=re.MULTILINE)
     (tmp_path / "file.yaml").write_text(text)
     assert load(tmp_path / "file.yaml").applications
-    assert num_settings == {"one-node.yaml": 13, "cluster.yaml": 9}.get(path.name, 0)
+    expected = {"one-node.yaml": 13, "cluster.yaml": 9, "kuberay.yaml": 3, "shared-gpu.yaml": 1}
+    assert num_settings == expected.get(path.name, 0)
 
 
 def test_defaults_are_the_engines_own() -> None:
@@ -203,6 +204,32 @@ def test_all_faults_are_named_at_once() -> None:
     [
         ({"lora_config": {}}, "lora_config: LoRA adapters are not supported"),
         ({"engine_kwargs": {"gpu_memory_utilization": 0.9}}, "there is no fraction to tune"),
+        (
+            {"engine_kwargs": {"num_gpus": 0.5}},
+            "use placement_group_config.bundle_per_worker or memory.device",
+        ),
+        ({"memory": {"device_share": 1.5}}, "device_share: should be less than or equal to 1, not 1.5"),
+        ({"memory": {"device_share": 0}}, "device_share: should be greater than 0, not 0"),
+        (
+            {"memory": {"device_share": 0.5, "mode": "static"}},
+            "set mode to elastic, or leave device_share out",
+        ),
+        (
+            {"memory": {"device_share": 0.5}, "engine_kwargs": {"tensor_parallel_size": 2}},
+            "the ranks of a group have their devices alone",
+        ),
+        (
+            {
+                "engine_kwargs": {"tensor_parallel_size": 2},
+                "placement_group_config": {"bundle_per_worker": {"GPU": 0.5}},
+            },
+            "reserves 0.5 GPU for a rank",
+        ),
+        ({"placement_group_config": {"bundle_per_worker": {"GPU": 1.5}}}, "reserves 1.5 GPU for a rank"),
+        (
+            {"memory": {"device_share": 0.6}, "placement_group_config": {"bundle_per_worker": {"GPU": 0.4}}},
+            "others may be placed on the rest",
+        ),
         (
             {
                 "engine_kwargs": {"tensor_parallel_size": 2},
@@ -367,3 +394,27 @@ def test_an_engine_starts_with_the_part_of_the_host_that_it_is_told() -> None:
     assert to_engine_config(llm, "cpu", 0.125).memory.balloon_share == 0.125
     llm = validate(ServingArgs, _args(memory={"balloon_share": 0.25})).llm_configs[0]
     assert to_engine_config(llm, "cpu", 0.125).memory.balloon_share == 0.25
+
+
+def test_a_part_of_a_gpu_is_a_part_of_its_memory() -> None:
+    by_ray = _args(placement_group_config={"bundle_per_worker": {"CPU": 1, "GPU": 0.4}})
+    by_memory = _args(memory={"device_share": 0.4})
+    for args in (by_ray, by_memory):
+        (llm,) = validate(ServingArgs, args).llm_configs
+        assert llm.device_share == to_engine_config(llm, "cuda").memory.device_share == 0.4
+    (alone,) = validate(ServingArgs, MINIMAL).llm_configs
+    assert to_engine_config(alone, "cuda").memory.device_share == 1.0
+
+
+def test_parts_of_a_cpu_add_up_to_one_at_most() -> None:
+    def part(model_id: str, share: float, replicas: int = 1) -> dict[str, Any]:
+        return {
+            "model_loading_config": {"model_id": model_id},
+            "engine_kwargs": {"device": "cpu"},
+            "memory": {"device_share": share},
+            "deployment_config": {"num_replicas": replicas},
+        }
+
+    assert validate(ServingArgs, {"llm_configs": [part("a", 0.3), part("b", 0.7)]})
+    (fault,) = _faults(ServingArgs, {"llm_configs": [part("a", 0.3), part("b", 0.4, replicas=2)]})
+    assert "device_share of a, b adds up to 1.1 with all replicas" in fault

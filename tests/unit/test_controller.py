@@ -108,7 +108,7 @@ def test_its_first_orders_leave_every_lever_where_it_is() -> None:
     _tick(controller, clock, 30)
     assert groups.sizes == {"g1": HALF, "g2": HALF}
     assert {order and (order.epoch, order.levers) for order in groups.orders.values()} == {
-        (1, (HALF * CHUNK_BYTES, HALF * CHUNK_BYTES, 1.0, 1.0))
+        (1, (HALF * CHUNK_BYTES, HALF * CHUNK_BYTES, 1.0, 1.0, None))
     }
     assert [one.answer and one.answer.outcome for one in groups.answers] == ["applied", "applied"]
     assert backend.last("ballonet_controller_epoch") == 1

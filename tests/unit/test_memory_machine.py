@@ -1,4 +1,4 @@
-"""Random growth, sharing, release, trim, mapping ahead and steps in flight; conservation after each."""
+"""Random growth, sharing, release, trim, limits, mapping ahead, steps in flight; conservation after each."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.content: dict[tuple[int, int], int] = {}
         self.reading: list[tuple[int, dict[tuple[int, int], int]]] = []
         self.held: set[tuple[int, int]] = set()
+        self.limit = TOTAL
         self.stamp = 0
         self.step = 0
 
@@ -125,17 +126,36 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule()
     def trim(self) -> None:
-        free = self.pool.num_free
+        free, total = self.pool.num_free, self.pool.total
         self.pool.trim()
         assert self.pool.num_free == free
-        assert self.pool.num_created == TOTAL - free
+        assert self.pool.num_created == self.pool.total - self.pool.num_unowned <= total - max(0, free)
         assert self.pool.num_sent == 0
+
+    @rule(limit=st.one_of(st.none(), st.integers(0, TOTAL)))
+    def restrict(self, limit: int | None) -> None:
+        """Less than is owned, or more again: what is free beyond it goes back at once."""
+        self.limit = TOTAL if limit is None else limit
+        self.pool.budget.restrict(limit)
+        self.pool.give_back()
+        self._assert_given_back()
+
+    @rule()
+    def give_back(self) -> None:
+        self.pool.settle()
+        self.pool.give_back()
+        self._assert_given_back()
+
+    def _assert_given_back(self) -> None:
+        assert self.pool.budget.num_excess == max(0, self.pool.total - self.limit)
+        assert not self.pool.budget.num_excess or self.pool.num_unowned == 0, "free chunks were kept"
 
     @invariant()
     def nothing_is_lost(self) -> None:
         self.pool.check()
         owned = len({self.tensors[t].chunk_at(row) for t, row in self.content})
-        assert self.pool.num_free + owned + self.pool.num_retiring == TOTAL
+        assert self.pool.num_unowned + owned + self.pool.num_retiring == self.pool.total
+        assert self.limit <= self.pool.total <= TOTAL
 
     @invariant()
     def content_is_what_was_written(self) -> None:

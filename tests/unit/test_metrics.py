@@ -18,6 +18,8 @@ from cluster.metrics import (
 )
 from cluster.policy import Action, PolicyConfig, State, decide
 from cluster.reports import GroupReport
+from engine.control import HostSnapshot
+from engine.migration import MigrationResult
 from tests.unit.samples import MEMORY, RecordingBackend, snapshot
 
 RESERVED = {"deployment", "replica", "application", "route"}  # Ray Serve adds these itself
@@ -30,13 +32,16 @@ def _drive(backend: RecordingBackend) -> None:
     ingress.inter_token("a", 0.02, 3)
     ingress.request_finished("a", "stop", 1.0, 12, 34)
     ingress.request_rejected("", 429)
-    GroupMetrics(backend).export(snapshot("a"))
+    group = GroupMetrics(backend)
+    group.export(snapshot("a"))
+    group.migrated("a", MigrationResult("migrated", "", "r", 1 << 20, 0.1))
     controller = ControllerMetrics(backend)
     controller.looked("a", 1)
     controller.failed("a")
     controller.ticked(0.01)
     controller.ordered("a", "applied")
-    reports = [GroupReport("g", "a", 1, 2.0, snapshot("a"))]
+    shared = replace(snapshot("a"), host=HostSnapshot("node", 1 << 40, 1 << 40), shared_device="GPU-0")
+    reports = [GroupReport(name, "a", 1, 2.0, shared) for name in ("g", "h")]
     decision, state = decide(reports, State(1), PolicyConfig(), 0.0)
     controller.decided(replace(decision, actions=(Action("g", "balloon_up", "need"),)), state, 0.001)
 
@@ -120,7 +125,9 @@ def test_every_chunk_has_one_owner() -> None:
 
 def test_memory_has_every_owner_in_bytes() -> None:
     backend = RecordingBackend()
-    GroupMetrics(backend).export(snapshot("a"))
+    group = GroupMetrics(backend)
+    group.export(snapshot("a"))
+    group.migrated("a", MigrationResult("migrated", "", "r", 1 << 20, 0.1))
     exported = {
         labels["owner"]: value
         for _, row, value, labels in backend.calls
@@ -134,5 +141,7 @@ def test_memory_has_every_owner_in_bytes() -> None:
 
 def test_usage_is_that_of_live_sequences() -> None:
     backend = RecordingBackend()
-    GroupMetrics(backend).export(snapshot("a"))
+    group = GroupMetrics(backend)
+    group.export(snapshot("a"))
+    group.migrated("a", MigrationResult("migrated", "", "r", 1 << 20, 0.1))
     assert backend.last("ballonet_kv_cache_usage_perc") == 0.2

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.host_shares import Claim, divide, fair_shares
+from cluster.memory_shares import Claim, divide, fair_shares
 from cluster.policy import Decision, PolicyConfig, State, decide, recovered
 from cluster.reports import GroupReport
 from engine.control import HostSnapshot, Order

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.prefix_record import BLOCK_TOKENS, PrefixRecord, chain_of, home_of, key_of
-from cluster.ranking import CROWD_S, STALE_S, Ask, GroupLoad, cost_s, rank_groups, routing_stats
+from cluster.ranking import CROWD_S, STALE_S, Ask, GroupLoad, cost_s, door_of, rank_groups, routing_stats
+from engine.request_wire import EngineAddress
 from tests.unit.samples import snapshot
 
 LOADS = st.lists(
@@ -150,11 +151,14 @@ def test_a_stale_group_among_fresh_ones_gets_requests_only_while_it_has_fewer() 
 
 
 def test_what_a_group_pushes() -> None:
-    stats = routing_stats(snapshot("a"), 2.0)
+    door = EngineAddress("tcp://10.0.0.1:7000", b"secret")
+    stats = routing_stats(snapshot("a"), 2.0, door)
+    assert door_of(stats) == door
+    assert door_of({}) is None
     assert stats["num_open"] == 9
     assert stats["pressure"] == 0.2
     assert stats["weight"] == 1.0
-    assert all(isinstance(value, int | float) for value in stats.values())
+    assert all(isinstance(value, int | float) for name, value in stats.items() if name != "door")
 
 
 def test_missing_facts_are_not_zero_load() -> None:

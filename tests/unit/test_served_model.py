@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -11,21 +12,25 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentID
 
+from cluster import served_model
 from cluster.group import Refusal
+from cluster.request_courier import Handover, RequestCourier
 from cluster.served_model import GroupsOfModel
 from cluster.token_inbox import TokenInbox
 from engine.errors import EngineDeadError, OverloadedError, RequestError
 from engine.messages import GenerateRequest, ReplyTo, TokenDelta
+from engine.migration import Migrated
 from engine.token_sender import TokenSender
 from tests.unit.ingress_fakes import byte_tokenizer
 
-Group = Callable[["Handle", GenerateRequest, ReplyTo], Awaitable[Refusal | None]]
+Answer = Refusal | Migrated | None
+Group = Callable[["Handle", GenerateRequest, ReplyTo], Awaitable[Answer]]
 REQUEST = GenerateRequest("r", (1, 2))
 DEAD = EngineDeadError("the engine's process ended")
 
 
 class Response:
-    def __init__(self, task: asyncio.Task[Refusal | None]) -> None:
+    def __init__(self, task: asyncio.Task[Answer]) -> None:
         self._task = task
 
     def __await__(self) -> Any:
@@ -49,22 +54,40 @@ class Handle:
     """The nth call goes to the nth group, the last one takes all further ones."""
 
     def __init__(self, *groups: Group) -> None:
-        self.calls: list[asyncio.Task[Refusal | None]] = []
+        self.calls: list[asyncio.Task[Answer]] = []
+        self.handovers: list[Handover] = []
         self.sender = TokenSender(lambda _: None)
         self.is_up = True
+        self.followed: list[Migrated] = []
         self._groups = groups
 
-    def options(self, method_name: str) -> Handle:
-        assert method_name == "generate"
-        return self
+    def options(self, method_name: str) -> Handle | Attend:
+        return self if method_name == "generate" else Attend(self)
 
     def broadcast(self, method: str) -> Broadcast:
         return Broadcast(self.is_up)
 
-    def remote(self, request: GenerateRequest, reply_to: ReplyTo) -> Response:
+    def remote(self, request: GenerateRequest, handover: Handover) -> Response:
+        self.handovers.append(handover)
+        reply_to = pickle.loads(pickle.dumps(handover))
+        assert reply_to == handover._stream.reply_to
+        return self.call(request, reply_to)
+
+    def call(self, request: GenerateRequest, reply_to: ReplyTo) -> Response:
         group = self._groups[min(len(self.calls), len(self._groups) - 1)]
         self.calls.append(asyncio.ensure_future(group(self, request, reply_to)))
         return Response(self.calls[-1])
+
+
+class Attend:
+    """Calls of those to whom a request has moved: in the order of the groups, like all others."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def remote(self, moved: Migrated, request_id: str, reply_to: ReplyTo) -> Response:
+        self._handle.followed.append(moved)
+        return self._handle.call(GenerateRequest(request_id, (1,)), reply_to)
 
 
 def refuses(error: Exception, was_begun: bool = True) -> Group:
@@ -78,17 +101,19 @@ async def dies(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> R
     raise ActorDiedError()
 
 
-def answers(num_tokens: int, then: Refusal | None = None) -> Group:
+def answers(num_tokens: int, then: Answer = None, first: int = 0) -> Group:
     """So many tokens, and the end unless something else comes then."""
 
-    async def group(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Refusal | None:
+    async def group(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Answer:
         ended = handle.sender.open(request.request_id, reply_to)
-        for index in range(num_tokens):
-            is_last = then is None and index == num_tokens - 1
+        for index in range(first, first + num_tokens):
+            is_last = then is None and index == first + num_tokens - 1
             handle.sender.put([TokenDelta("r", (index,), finish_reason="length" if is_last else None)])
             await asyncio.sleep(0.02)
         if then is None:
             await ended
+        else:
+            await handle.sender.acknowledged(request.request_id)
         handle.sender.close(request.request_id)
         return then
 
@@ -108,7 +133,9 @@ def _ask(handle: Handle, leave_after: int = 100) -> list[int]:
 
     async def ask() -> list[int]:
         inbox, tokens = TokenInbox("127.0.0.1"), []
-        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox, last_delta_s=0.1)
+        model = GroupsOfModel(
+            "m", 0, byte_tokenizer(), cast(Any, handle), inbox, RequestCourier(), last_delta_s=0.1
+        )
         deltas = model.generate(REQUEST)
         try:
             async with asyncio.timeout(20):
@@ -144,11 +171,47 @@ def test_a_group_that_was_dead_before_is_passed_by() -> None:
     assert _ask(Handle(dead, dead, dead, refuses(DEAD), dead, answers(3))) == [0, 1, 2]
 
 
+def test_what_an_engine_had_before_its_call_came_counts_as_begun() -> None:
+    """Such a request may have ended the engine, though its group knew of the death when the call came."""
+
+    async def had_it(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Refusal:
+        handle.handovers[-1].was_begun = True
+        return Refusal(DEAD, was_begun=False)
+
+    poisoned = Handle(had_it, had_it, answers(3))
+    with pytest.raises(EngineDeadError):
+        _ask(poisoned)
+    assert len(poisoned.calls) == 2
+
+
 def test_a_group_that_dies_after_a_token_ends_the_stream() -> None:
     handle = Handle(answers(2, Refusal(DEAD)), answers(3))
     with pytest.raises(EngineDeadError, match="process ended"):
         _ask(handle)
     assert len(handle.calls) == 1
+
+
+def test_a_request_that_moves_is_followed_and_its_stream_goes_on() -> None:
+    moves = [Migrated(f"m{at}", f"group{at}") for at in range(2)]
+    handle = Handle(answers(3, moves[0]), answers(2, moves[1], first=3), answers(4, first=5))
+    assert _ask(handle) == list(range(9))
+    assert handle.followed == moves
+    assert len(handle.calls) == 3
+
+
+@pytest.mark.parametrize("end", [refuses(DEAD), dies])
+def test_a_group_that_dies_with_a_request_that_moved_there_ends_the_stream(end: Group) -> None:
+    handle = Handle(answers(3, Migrated("m", "other")), end, answers(3))
+    with pytest.raises(EngineDeadError, match="ended"):
+        _ask(handle)
+    assert len(handle.calls) == 2
+
+
+def test_a_reader_that_leaves_cancels_where_the_request_is_now() -> None:
+    handle = Handle(answers(2, Migrated("m", "other")), answers(1000, first=2))
+    assert len(_ask(handle, leave_after=4)) >= 4
+    assert not handle.calls[0].cancelled()
+    assert handle.calls[1].cancelled()
 
 
 @pytest.mark.parametrize("error", [RequestError("wrong", "prompt"), OverloadedError("full", 7.0)])
@@ -160,8 +223,29 @@ def test_refusals_are_not_tried_again(error: Exception) -> None:
 
 
 def test_a_last_delta_that_never_comes_is_not_waited_for() -> None:
+    assert _ask(Handle(forgets, answers(3))) == [0, 1, 2]  # nothing was sent: another try
+    handle = Handle(forgets)
     with pytest.raises(EngineDeadError, match="last tokens have not come"):
-        _ask(Handle(forgets))
+        _ask(handle)
+    assert len(handle.calls) == 2
+
+
+def test_a_request_that_has_waited_long_is_given_to_another_group_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(served_model, "_REROUTE_S", 0.05)
+
+    async def dies_late(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> Refusal:
+        await asyncio.sleep(0.2)
+        return Refusal(DEAD)
+
+    assert _ask(Handle(dies_late, answers(3))) == [0, 1, 2]
+
+
+def test_a_group_that_stays_dead_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_model, "_REROUTE_S", 0.05)
+    with pytest.raises(EngineDeadError, match="process ended"):
+        _ask(Handle(refuses(DEAD, was_begun=False)))
 
 
 def test_a_reader_that_leaves_cancels_the_call() -> None:
@@ -173,7 +257,7 @@ def test_a_reader_that_leaves_cancels_the_call() -> None:
 def test_a_reader_that_gives_up_waiting_cancels_the_call() -> None:
     async def ask() -> None:
         handle, inbox = Handle(hangs), TokenInbox("127.0.0.1")
-        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox)
+        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox, RequestCourier())
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(model.generate(REQUEST)), 0.1)
         await asyncio.wait(handle.calls, timeout=20)
@@ -192,7 +276,9 @@ def test_a_request_waits_for_a_group_that_is_busy_and_not_for_one_that_never_com
     async def ask() -> list[int]:
         handle, inbox = Handle(late), TokenInbox("127.0.0.1")
         handle.is_up = is_up
-        model = GroupsOfModel("m", 0, byte_tokenizer(), cast(Any, handle), inbox, no_group_s=0.1)
+        model = GroupsOfModel(
+            "m", 0, byte_tokenizer(), cast(Any, handle), inbox, RequestCourier(), no_group_s=0.1
+        )
         try:
             return [token async for delta in model.generate(REQUEST) for token in delta.token_ids]
         finally:

@@ -17,8 +17,10 @@ from ray.serve._private.common import (
 )
 from ray.serve.request_router import PendingRequest
 
+from cluster.request_courier import Handover
 from cluster.router import CHOSEN_S, SloRouter
 from engine.messages import GenerateRequest
+from engine.request_wire import EngineAddress
 
 DEPLOYMENT = DeploymentID("group", "app")
 
@@ -238,5 +240,40 @@ def test_the_controllers_weight_sends_fewer_requests() -> None:
         cluster.push(one, weight=0.25)
         chosen = Counter([await cluster.choose() for _ in range(50)])
         assert 0 < chosen[one] < chosen[other] / 2
+
+    in_two_groups(scenario)
+
+
+class RecordingHandover(Handover):
+    """Notes what the router tells it."""
+
+    def __init__(self) -> None:
+        self.told: list[EngineAddress | str] = []
+
+    def send_to(self, door: EngineAddress) -> None:
+        self.told.append(door)
+
+    def recall(self) -> None:
+        self.told.append("refused")
+
+
+def test_a_request_is_told_which_group_it_gets_and_when_that_has_refused() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        doors = [EngineAddress(f"tcp://127.0.0.1:{port}", b"secret") for port in (1, 2)]
+        for group, door in zip(cluster.groups, doors, strict=True):
+            group.routing_stats["door"] = (door.address, door.secret.hex())
+        cluster.router.update_replicas(cluster.groups)  # type: ignore[arg-type]
+        metadata = RequestMetadata(request_id="r", internal_request_id="r")
+        handover = RecordingHandover()
+        pending = PendingRequest([GenerateRequest("r", (1,)), handover], {}, metadata)
+        chosen = await cluster.router._choose_replica_for_request(pending)
+        assert [one for one in handover.told if one != "refused"] == [
+            doors[cluster.names.index(chosen.replica_id)]
+        ]
+        handover.told.clear()
+        again = await cluster.router._choose_replica_for_request(pending, is_retry=True)
+        door = doors[cluster.names.index(again.replica_id)]
+        assert handover.told[-1] == door
+        assert "refused" in handover.told[:-1]
 
     in_two_groups(scenario)

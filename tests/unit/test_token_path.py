@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import orjson
 import pytest
@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from cluster.token_inbox import TokenInbox, TokenStream
 from engine.errors import EngineDeadError
 from engine.messages import ReplyTo, TokenDelta, TokenLogprobs
+from engine.migration import Migrated
 from engine.token_sender import MESSAGES_AHEAD, TokenSender
 from engine.token_wire import add, decode, encode, to_delta
+from tests.cut_proxy import CutProxy
 
 SECRET = b"0123456789abcdef"
 
@@ -141,6 +143,30 @@ def test_a_slow_ingress_gets_fewer_larger_messages() -> None:
     _run(case)
 
 
+def test_a_request_goes_elsewhere_once_its_ingress_has_all_of_it() -> None:
+    async def case() -> None:
+        ingress, sender = Ingress(), TokenSender(lambda _: None)
+        ended = sender.open("r", ingress.reply_to(1))
+        for step in range(MESSAGES_AHEAD + 3):
+            sender.put([_delta("r", step)])
+        acknowledged = asyncio.create_task(sender.acknowledged("r"))
+        for _ in range(MESSAGES_AHEAD + 1):  # the last one has all that had piled up
+            await ingress.receive()
+            assert not acknowledged.done()
+            await ingress.acknowledge()
+        async with asyncio.timeout(20):
+            await acknowledged
+        moved = Migrated("m", "other")
+        assert sender.hand_over("r", moved)
+        assert await ended == moved
+        sender.close("r")
+        assert not sender.hand_over("r", moved)
+        sender.shut()
+        ingress.socket.close(0)
+
+    _run(case)
+
+
 def test_one_step_is_one_message() -> None:
     async def case() -> None:
         ingress, sender = Ingress(), TokenSender(lambda _: None)
@@ -190,6 +216,62 @@ def test_an_ingress_that_is_lost_takes_its_requests_along(leaves: bool) -> None:
         sender.shut()
         other.close()
         ingress.socket.close(0)
+
+    _run(case)
+
+
+def test_a_network_that_is_cut_ends_the_requests_and_both_sides_forget() -> None:
+    async def case() -> None:
+        cancelled: list[str] = []
+        inbox = TokenInbox("127.0.0.1", silence_s=1.0)
+        sender = TokenSender(cancelled.append, silence_s=1.0)
+        stream = inbox.open("r")
+        proxy = CutProxy(stream.reply_to.address)
+        await proxy.start()
+        ended = sender.open("r", replace(stream.reply_to, address=proxy.address))
+        sender.put([_delta("r", 1)])
+        async with asyncio.timeout(20):
+            assert (await stream.get()).token_ids == (1,)
+        proxy.cut()
+        sender.put([_delta("r", 2)])
+        async with asyncio.timeout(20):
+            with pytest.raises(EngineDeadError, match="gone away"):
+                await ended
+        assert cancelled == ["r"]
+        # Nobody tells the ingress: packets that end a connection are lost like others.
+        await _eventually(lambda: proxy.closed == {"client": 1, "server": 1})
+        sender.close("r")
+        proxy.heal()
+        again = inbox.open("s")
+        sender.open("s", replace(again.reply_to, address=proxy.address))
+        sender.put([_delta("s", 3, finish=True)])
+        async with asyncio.timeout(20):
+            assert [delta.token_ids for delta in await _read(again)] == [(3,)]
+        sender.shut()
+        inbox.close()
+        proxy.close()
+
+    _run(case)
+
+
+def test_a_short_cut_loses_nothing() -> None:
+    async def case() -> None:
+        inbox, sender = TokenInbox("127.0.0.1"), TokenSender(lambda _: None)
+        stream = inbox.open("r")
+        proxy = CutProxy(stream.reply_to.address)
+        await proxy.start()
+        sender.open("r", replace(stream.reply_to, address=proxy.address))
+        for step in range(60):
+            if step in (20, 40):
+                (proxy.cut if step == 20 else proxy.heal)()
+            sender.put([_delta("r", step, finish=step == 59)])
+            await asyncio.sleep(0.005)
+        async with asyncio.timeout(20):
+            deltas = await _read(stream)
+        assert [token for delta in deltas for token in delta.token_ids] == list(range(60))
+        sender.shut()
+        inbox.close()
+        proxy.close()
 
     _run(case)
 

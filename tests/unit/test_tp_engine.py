@@ -18,6 +18,7 @@ import pytest
 
 from engine.build import build_engine
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig
+from engine.control import Order
 from engine.core import Engine
 from engine.errors import EngineDeadError, ModelLoadError
 from engine.messages import GenerateRequest, SamplingParams
@@ -153,6 +154,16 @@ def test_ranks_that_never_come(tmp_path: Path) -> None:
     thread.join(10)
 
 
+def test_ranks_meet_however_long_the_path_is(tmp_path: Path) -> None:
+    """The kernel takes 107 bytes for the name of a socket; the TMPDIR of some batch systems is longer."""
+    directory = tmp_path / ("t" * 120)
+    directory.mkdir()
+    thread = run(lambda: connect(RankPlace(1, 2, str(directory)), "plan").send(pack(("here",))))
+    links = accept(RankPlace(0, 2, str(directory)), ["plan"], timeout_s=30)
+    assert links["plan"][0].receive(timeout_s=30) == ("here",)
+    thread.join(10)
+
+
 def test_the_group_is_gone_with_its_engine(tiny: Path) -> None:
     """Nothing has to be closed: whoever drops an engine ends its ranks."""
     with followers_in_threads(config(tiny, 2)) as place:
@@ -160,3 +171,19 @@ def test_the_group_is_gone_with_its_engine(tiny: Path) -> None:
         engine.step()
         del engine
         gc.collect()
+
+
+def test_all_ranks_follow_a_limit(tmp_path: Path) -> None:
+    """Every chunk is made and given back on each of them: one limit holds for all, tokens stay the same."""
+    save_tiny("llama", tmp_path)
+    said = Collected()
+    with engine_of(config(tmp_path, 2), said) as engine:
+        expected = serve(engine, said)
+        for revision, chunks in enumerate((40, 400, 60)):
+            answer = engine.apply(Order(1, revision, 0, 0, pool_bytes=chunks * 4096))
+            engine.step()
+            assert answer.result(timeout=60).outcome in ("applied", "deferred")
+            assert serve(engine, said) == expected
+            memory = engine.snapshot.memory
+            assert memory.created <= memory.limit == chunks
+        assert engine._pool._vm._followers.ask("release", b"") == [0]  # type: ignore[attr-defined]  # they answer
