@@ -68,8 +68,9 @@ def _judge(members: list[Outlook], before: ModelState, config: ReplicaConfig, no
     late_since, idle_since = before.late_since, before.idle_since
     if count != before.num_groups:
         late_since = idle_since = math.inf  # what was asked for has come, or gone: judge anew
-    late_since = min(late_since, now) if _is_late(members, config) else math.inf
-    idle_since = min(idle_since, now) if _is_idle(members, config) else math.inf
+    is_late = _is_late(members, config)
+    late_since = min(late_since, now) if is_late else math.inf
+    idle_since = min(idle_since, now) if not is_late and _is_idle(members, config) else math.inf
     wanted, why = before.wanted, ""
     if now - late_since >= config.replica_patience_s:
         wanted, why = count + 1, "memory_does_not_help"

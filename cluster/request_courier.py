@@ -19,8 +19,9 @@ from cluster.token_inbox import TokenStream
 from engine.errors import EngineDeadError
 from engine.messages import GenerateRequest, ReplyTo
 from engine.request_wire import EngineAddress, encode_drop, encode_open
+from engine.token_wire import SILENCE_S
 
-_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 2_000, 10_000  # a node that is lost sends no end of connection
+_SILENCE_MS = int(SILENCE_S * 1000)
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
@@ -65,8 +66,8 @@ class _Way:
         self._sending = zmq.Socket(self._socket)  # the same one: no task, and no future, a message
         self._socket.linger = 0
         self._socket.ipv6 = True
-        self._socket.heartbeat_ivl = _HEARTBEAT_MS
-        self._socket.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
+        self._socket.heartbeat_ivl = _SILENCE_MS // 5
+        self._socket.heartbeat_timeout = _SILENCE_MS
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         self._task = asyncio.get_running_loop().create_task(self._watch())
         self._socket.connect(door.address)
@@ -146,12 +147,13 @@ class Handover:
         """The group that was to get the call has refused it; another will be chosen."""
         self._call(self._recall)
 
-    def close(self) -> None:
-        """Nobody reads any more."""
+    def close(self, has_ended: bool = False) -> None:
+        """Nobody reads any more, whether or not the request has ended."""
         self._is_closed = True
         if self._way is not None:
             self._way.on_loss.pop(self._request.request_id, None)
-            self._way.drop(self._request.request_id)
+            if not has_ended:
+                self._way.drop(self._request.request_id)
             self._way = None
 
     def _call(self, method: Callable[..., None], *arguments: object) -> None:

@@ -214,10 +214,9 @@ class _Call:
         self.stream.close()
         if self._timer is not None:
             self._timer.cancel()
-        if not self.has_ended:
-            self._handover.close()
-            if self._timer is None and not self._task.done():
-                self._end_call()
+        self._handover.close(self.has_ended)
+        if not self.has_ended and self._timer is None and not self._task.done():
+            self._end_call()
 
     def _end_call(self) -> None:
         # Dropping the response is not enough: measured with Ray 2.60, the group generates on.

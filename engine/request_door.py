@@ -17,11 +17,12 @@ import zmq.asyncio
 
 from engine.open_requests import OpenRequests
 from engine.request_wire import DROP, OPEN, EngineAddress, decode_open
+from engine.token_wire import SILENCE_S
 
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 64 << 20  # a prompt of 16 million tokens
-_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 2_000, 10_000
+_SILENCE_MS = int(SILENCE_S * 1000)
 
 
 class RequestDoor:
@@ -41,8 +42,8 @@ class RequestDoor:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.ipv6 = ":" in host
         self._socket.maxmsgsize = _MAX_MESSAGE_BYTES
-        self._socket.heartbeat_ivl = _HEARTBEAT_MS
-        self._socket.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
+        self._socket.heartbeat_ivl = _SILENCE_MS // 5
+        self._socket.heartbeat_timeout = _SILENCE_MS
         self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
         address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.door = EngineAddress(address, secrets.token_bytes(16))

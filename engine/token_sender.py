@@ -166,6 +166,8 @@ class _Peer:
 
     def flush(self) -> None:
         """Send what there is, as far as the ingress has acknowledged what came before."""
+        if self._socket.closed:  # its requests have been told, and are about to go
+            self.pending.clear()
         while self.pending and self._num_ahead < MESSAGES_AHEAD:
             batch = self._take()
             message = encode([(route.stream, delta) for route, delta in batch])

@@ -20,7 +20,7 @@ from tests.serving.conftest import llm, serve_file
 from tests.serving.processes import eventually
 from tests.unit.model_cases import save_tiny
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 MODEL, NUM_TOKENS, VOCAB = "mover", 700, 199
 PATIENCE_S = 120.0

@@ -210,6 +210,19 @@ def test_replicas_are_asked_for_when_memory_does_not_help_and_given_up_when_idle
     assert decision.replicas == {"a": 1}
 
 
+def test_a_moment_without_lateness_gives_no_group_up() -> None:
+    """Requests that wait too long come and go by the second: what is late by turns has not been idle."""
+    report = _report("x", num_running=1, expected_ttft_s=0.0)
+    assert report.snapshot is not None
+    light = replace(report.snapshot, memory=replace(report.snapshot.memory, kv=10))
+    cluster = Cluster(replace(report, snapshot=light))
+    for _ in range(int(CONFIG.replica_idle_s) + 60):
+        cluster.tell("x", num_waiting_late=3)
+        cluster.tick()
+    cluster.tell("x", num_waiting_late=0)
+    assert cluster.tick().replicas == {"a": 2}
+
+
 def test_a_restart_keeps_every_lever_and_takes_a_higher_epoch() -> None:
     cluster = Cluster(_report("x", waiting=60), _report("y"))
     for _ in range(20):

@@ -103,6 +103,15 @@ class Client:
             process.close()
 
 
+async def _begun(kept_s: float = 60.0) -> tuple[Process, Client]:
+    """A process that has begun a request which no call has come for, and its client."""
+    process = Process(kept_s=kept_s)
+    client = await Client().knows(process)
+    client.handover.send_to(process.door)
+    await _eventually(lambda: process.submitted == ["r"])
+    return process, client
+
+
 _FLOATS = st.floats(0.1, 1.0)
 _SAMPLING = st.builds(
     SamplingParams,
@@ -164,10 +173,7 @@ def test_a_stranger_is_not_listened_to(caplog: pytest.LogCaptureFixture) -> None
 
 def test_a_request_is_begun_before_its_call_and_once() -> None:
     async def case() -> None:
-        process = Process()
-        client = await Client().knows(process)
-        client.handover.send_to(process.door)
-        await _eventually(lambda: process.submitted == ["r"])
+        process, client = await _begun()
         process.say(1)
         assert await client.read() == (1,)
         call = process.call(client.stream.reply_to)
@@ -201,10 +207,7 @@ def test_a_call_that_was_quicker_is_the_one() -> None:
 
 def test_how_it_ended_is_kept_for_its_call_and_not_for_ever() -> None:
     async def case() -> None:
-        process = Process(kept_s=0.2)
-        client = await Client().knows(process)
-        client.handover.send_to(process.door)
-        await _eventually(lambda: process.submitted == ["r"])
+        process, client = await _begun(kept_s=0.2)
         process.say(1, finish=True)
         assert await client.read() == (1,)
         assert (process.requests.num_early, process.requests.num_unclaimed) == (1, 0)
@@ -274,6 +277,7 @@ def test_what_its_client_has_read_of_stays_where_it_is() -> None:
         first.say(8)
         assert await client.read() == (8,)
         assert client.num_kept == 1
+        assert len(client.courier._ways[first.door].on_loss) == 1
         assert first.requests.num_unclaimed == 1  # what a group that leaves waits for
         call.cancel()
         first.close()
@@ -284,12 +288,26 @@ def test_what_its_client_has_read_of_stays_where_it_is() -> None:
     _run(case)
 
 
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_what_stayed_is_forgotten_at_its_end(has_ended: bool) -> None:
+    async def case() -> None:
+        process, client = await _begun()
+        process.say(7, finish=has_ended)
+        await client.read()
+        client.handover.recall()
+        client.handover.close(has_ended)
+        assert client.courier._ways[process.door].on_loss == {}
+        if not has_ended:
+            await _eventually(lambda: process.cancelled == ["r"])
+        client.close(process)
+        assert process.cancelled == ([] if has_ended else ["r"])
+
+    _run(case)
+
+
 def test_a_client_that_leaves_ends_what_no_call_has_come_for() -> None:
     async def case() -> None:
-        process = Process()
-        client = await Client().knows(process)
-        client.handover.send_to(process.door)
-        await _eventually(lambda: process.submitted == ["r"])
+        process, client = await _begun()
         client.handover.close()
         await _eventually(lambda: process.cancelled == ["r"])
         client.handover.send_to(process.door)  # too late

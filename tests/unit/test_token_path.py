@@ -197,7 +197,7 @@ def test_what_is_too_much_for_one_message_becomes_several() -> None:
 def test_an_ingress_that_is_lost_takes_its_requests_along(leaves: bool) -> None:
     async def case() -> None:
         cancelled: list[str] = []
-        ingress, sender = Ingress(), TokenSender(cancelled.append, stall_s=30.0 if leaves else 0.2)
+        ingress, sender = Ingress(), TokenSender(cancelled.append, stall_s=30.0 if leaves else 1.5)
         other = TokenInbox("127.0.0.1")
         healthy = other.open("healthy")
         ends = [sender.open(name, ingress.reply_to(index)) for index, name in enumerate("ab")]
