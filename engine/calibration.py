@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine.config import Device
 from engine.errors import ConfigError
 from engine.step_times import StepWork
 
@@ -149,6 +150,7 @@ class Calibration:
         pin_s_per_gib: to make host memory for the balloon.
         load_s: from the start of an engine until it can serve.
         pool_bytes: memory for KV and activations that was found; None if it is not known.
+        device: what it is of.
         sources: where each figure comes from, by its name.
     """
 
@@ -157,4 +159,5 @@ class Calibration:
     pin_s_per_gib: float
     load_s: float
     pool_bytes: int | None = None
+    device: Device = "cuda"
     sources: Mapping[str, str] = field(default_factory=dict)

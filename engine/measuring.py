@@ -28,7 +28,9 @@ from engine.model.loader import facts_on
 from engine.sizes import kv_geometry
 
 _TIMES = 3  # each prompt; the median counts
-_GAPS = 24  # of each decode
+_FEW, _MANY = 6, 24  # gaps between tokens, of each decode
+_POINT_S = 2.0  # that one point should take: a slow one is measured fewer times
+_BUDGET_S = 60.0  # for all points but those without which there is no calibration
 _SLAB_BYTES = 256 << 20
 _USABLE = 0.7  # of the pool, for what is measured at once
 _DEADLINE_S = 120.0  # for one point: an engine that needs longer is not one to plan with
@@ -52,7 +54,12 @@ def measure(config: EngineConfig, say: Say = lambda text: None) -> dict[str, Any
     gauge = Gauge(config, kv_geometry(facts_on(device, config), config.memory))
     found = gauge.figures(say)
     link, pin = _link(device)
-    return found | {"link_bytes_s": link, "pin_s_per_gib": pin, "source": _whose(device)}
+    return found | {
+        "link_bytes_s": link,
+        "pin_s_per_gib": pin,
+        "source": _whose(device),
+        "device": device.type,
+    }
 
 
 class Gauge:
@@ -75,27 +82,32 @@ class Gauge:
         self._dice = random.Random(0)
         self._published: list[tuple[float, Sequence[TokenDelta]]] = []
         self._number = 0
+        self._decode_s = 0.0  # of the newest point
         self.engine = build(config, self._publish, clock)
         gc.collect()
         gc.freeze()  # as the engine's actor does
 
     def figures(self, say: Say) -> dict[str, Any]:
-        """All points of steps, and the start."""
+        """All points of steps that there is time for, the more important ones first, and the start."""
         self.prefill(16, 0)  # what happens once happens here
-        prefill, decode = [], []
-        for tokens, context in self._prompt_sizes():
-            prefill.append(self.prefill(tokens, context))
-            say("prompt of {tokens} tokens behind {context}: {seconds:.4f} s".format(**prefill[-1]))
-        for batch, context in self._batches():
-            decode.append(self.decode(batch, context))
-            say("{batch} decodes of {context} tokens: {seconds:.4f} s".format(**decode[-1]))
+        points = self._points()
+        found: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
+        until_s = self._clock() + _BUDGET_S
+        for number, (kind, size, context) in enumerate(points):
+            if self._clock() > until_s and all(found.values()):
+                say(f"{len(points) - number} of {len(points)} points are left out, after {_BUDGET_S:.0f} s")
+                break
+            point = self.prefill(size, context) if kind == "prefill" else self.decode(size, context)
+            found[kind].append(point)
+            what = "prompt of {tokens} tokens" if kind == "prefill" else "{batch} decodes"
+            say(f"{number + 1}/{len(points)}: {what} behind {{context}}: {{seconds:.4f}} s".format(**point))
         info = self.engine.info
-        return {"prefill": prefill, "decode": decode, "load_s": info.load_s, "pool_bytes": info.pool_bytes}
+        return found | {"load_s": info.load_s, "pool_bytes": info.pool_bytes}
 
     def prefill(self, tokens: int, context: int) -> dict[str, Any]:
         """A prompt's time to its first token, behind a context that is cached."""
-        found = []
-        for _ in range(_TIMES):
+        found: list[tuple[float, int]] = []
+        while len(found) < _TIMES and (not found or sum(seconds for seconds, _ in found) < _POINT_S):
             before = self._tokens(context)
             if context:
                 self._answer([before], 1)
@@ -110,16 +122,27 @@ class Gauge:
     def decode(self, batch: int, context: int) -> dict[str, Any]:
         """Seconds between two tokens of `batch` sequences that all decode."""
         prompts = [self._tokens(context) for _ in range(batch)]
+        count = max(_FEW, min(_MANY, int(_POINT_S / self._decode_s))) if self._decode_s else _MANY
         # While prompts are computed the first sequences gain tokens already: as many as there are prompts.
-        published = self._answer(prompts, 2 * batch + _GAPS)
+        published = self._answer(prompts, 2 * batch + count)
         ends = [(at, len({delta.request_id for delta in deltas})) for at, deltas in published]
         gaps = [
             at - before
-            for (before, earlier), (at, count) in zip(ends, ends[1:], strict=False)
-            if count == earlier == batch
+            for (before, earlier), (at, num) in zip(ends, ends[1:], strict=False)
+            if num == earlier == batch
         ]
-        middle = context + batch + _GAPS // 2
-        return {"batch": batch, "context": middle, "seconds": statistics.median(gaps)}
+        self._decode_s = statistics.median(gaps)
+        return {"batch": batch, "context": context + batch + count // 2, "seconds": self._decode_s}
+
+    def _points(self) -> list[tuple[str, int, int]]:
+        """(kind, tokens or batch, context), the more important first: what products cost, then attention."""
+        prompts, batches = list(self._prompt_sizes()), list(self._batches())
+        least = {batch: context for batch, context in reversed(batches)}
+        short: list[tuple[str, int, int]] = [("prefill", size, 0) for size, context in prompts if not context]
+        short += [("decode", batch, least[batch]) for batch in dict(batches)]
+        long = [("decode", batch, context) for batch, context in batches if context != least[batch]]
+        long += [("prefill", size, context) for size, context in prompts if context]
+        return short + long[::-1]
 
     def _prompt_sizes(self) -> Iterator[tuple[int, int]]:
         limits, longest = self._config.scheduler, self.engine.info.max_model_len - 1
@@ -137,10 +160,12 @@ class Gauge:
         most, longest = self._config.scheduler.max_num_seqs, self.engine.info.max_model_len
         batches = [batch for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256) if batch < most] + [most]
         for batch in batches:
-            tokens = 2 * batch + _GAPS
+            tokens = 2 * batch + _MANY
             room = min(longest, int(_USABLE * self._pool_tokens / batch)) - tokens
             contexts = [size for size in (32, 512, 4096) if size <= room]
-            yield from ((batch, context) for context in ({contexts[0], contexts[-1]} if contexts else ()))
+            yield from (
+                (batch, context) for context in sorted({contexts[0], contexts[-1]} if contexts else ())
+            )
 
     @property
     def _pool_tokens(self) -> int:

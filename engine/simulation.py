@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.control import Order
 from engine.core import Engine
 from engine.errors import ConfigError
+from engine.leaping import LeapingEngine, LeapingScheduler
 from engine.memory.arena import BufferSpec
 from engine.memory.balloon import Balloon
 from engine.memory.kv_geometry import KvGeometry
@@ -29,14 +30,19 @@ from engine.model.loader import facts_on
 from engine.model.sampler import Sampled, SampleRow
 from engine.outlet import Publish
 from engine.scheduler import Scheduler
-from engine.simulated import NullSlabs, NullVirtualMemory, SimulatedCopies, SimulatedWorker, VirtualClock
+from engine.simulated import (
+    NullSlabs,
+    SimulatedCopies,
+    SimulatedWorker,
+    UncheckedVirtualMemory,
+    VirtualClock,
+)
 from engine.sizes import fit_model_len, kv_geometry
 from engine.step_times import StepWork
 
 GIB = 1 << 30
 _VOCABULARY = 1 << 62  # token ids are labels here: equal prompts have equal ones
 _SLOTS_PER_SEQUENCE = 4  # as `engine.build`
-_SHARED = "GPU-0"  # the name of a device that several engines share
 _UNMEASURED_POOL = 1 << 30  # of a CPU, as `engine.device`
 
 
@@ -106,6 +112,7 @@ class SimulatedEngine:
         is_filled: the balloon is made from the start on, not as it is needed.
         gpu: that it shares with other engines; None is one of its own.
         vm: the driver; None makes as many chunks as are asked for.
+        leaps: whether `leap` is to be of use; then the snapshot is taken when somebody asks for it.
 
     Raises:
         ConfigError: the pool cannot hold one sequence, or its size is not known.
@@ -125,6 +132,7 @@ class SimulatedEngine:
         is_filled: bool = False,
         gpu: Gpu | None = None,
         vm: VirtualMemory | None = None,
+        leaps: bool = False,
     ) -> None:
         self.clock = clock or VirtualClock()
         if steps_ahead is None:
@@ -152,26 +160,41 @@ class SimulatedEngine:
                 ),
             )
             self.pool.add_balloon(balloon, self.copies)
-        self.scheduler = Scheduler(config.scheduler, self.pool, longest, (), self.clock)
+        make = LeapingScheduler if leaps else Scheduler
+        self.scheduler = make(config.scheduler, self.pool, longest, (), self.clock)
         info = _describe(config, shape, num_chunks, longest, calibration.load_s)
         if gpu is not None:
-            info = replace(info, shared_device=_SHARED)
-        self.engine = Engine(
-            config,
-            info,
-            self.pool,
-            self.scheduler,
-            self.device,
-            self.device,
-            publish,
-            self.clock,
+            info = replace(info, shared_device=gpu.name)
+        parts = (
+            *(config, info, self.pool, self.scheduler, self.device, self.device, publish, self.clock),
             steps_ahead,
         )
+        self._leaping = LeapingEngine(calibration.steps, *parts) if leaps else None
+        self.engine = self._leaping or Engine(*parts)
 
     @property
     def snapshot(self) -> EngineSnapshot:
         """After its newest step."""
-        return self.engine.snapshot
+        return self._leaping.renewed() if self._leaping else self.engine.snapshot
+
+    @property
+    def gap_s(self) -> float | None:
+        """Seconds between two tokens of a leap, while they are published; None otherwise."""
+        return self._leaping.gap_s if self._leaping else None
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing changes until somebody asks for something; False if that is not known."""
+        return self._leaping is not None and self._leaping.is_at_rest
+
+    @property
+    def calm_until_s(self) -> float:
+        """Before that time nothing happens but next tokens, if nobody comes; now, if that cannot be told."""
+        return self._leaping.calm_until() if self._leaping else self.clock()
+
+    def leap(self, until_s: float) -> int:
+        """Take all steps that begin before then, if nothing has to be decided in them; how many it were."""
+        return self._leaping.leap(until_s) if self._leaping else 0
 
     @property
     def max_model_len(self) -> int:
@@ -180,6 +203,8 @@ class SimulatedEngine:
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request. Raises RequestError and OverloadedError as the engine does."""
+        if self._leaping is not None:
+            self._leaping.launch_ahead()
         self.engine.submit(request)
 
     def apply(self, order: Order) -> None:
@@ -228,7 +253,7 @@ def _make_pool(
 ) -> MemoryPool:
     memory, limits = config.memory, config.scheduler
     return MemoryPool(
-        vm or NullVirtualMemory(shape.geometry.chunk_bytes),
+        vm or UncheckedVirtualMemory(shape.geometry.chunk_bytes),
         num_chunks,
         memory.mode,
         shape.geometry,
@@ -246,10 +271,12 @@ class Gpu:
     """What computes one step after another, of one engine or of several.
 
     Attributes:
+        name: on its node.
         idle_at: when the steps launched so far have ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "GPU-0") -> None:
+        self.name = name
         self.idle_at = 0.0
 
 

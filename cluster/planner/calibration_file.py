@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
 import yaml
@@ -36,6 +36,7 @@ class ModelFigures(Section):
     """One model on one device; `engine.calibration` says what the figures mean."""
 
     source: str = Field(min_length=1)
+    device: Literal["cpu", "cuda"]
     prefill: Annotated[tuple[PrefillRow, ...], Field(min_length=1, strict=False)]
     decode: Annotated[tuple[DecodeRow, ...], Field(min_length=1, strict=False)]
     link_bytes_s: PositiveFloat
@@ -77,6 +78,7 @@ def _calibration(path: Path, one: ModelFigures) -> Calibration:
         one.pin_s_per_gib,
         one.load_s,
         one.pool_bytes,
+        one.device,
         {"all": f"{path.name}: {one.source}"},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +25,9 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A Ray Serve config f
 Trace = Annotated[
     list[str] | None,
     _option(
-        "[MODEL=]TRACE, once a model: a file (Azure LLM inference, BurstGPT, Mooncake), or a load to draw: "
-        "poisson:rate=4,in=1000,out=200 (requests/s, mean tokens) or day:rate=4,swing=0.7,peak=14,bursts=2.",
+        "[MODEL=]TRACE, once a model. A file (Azure LLM inference, BurstGPT, Mooncake), or what to draw "
+        "a load from: poisson:rate=4,in=1000,out=200 (requests/s, mean tokens), or day: the same with "
+        "swing=0.7 (day over night), peak=14 (hour), bursts=2 (an hour).",
         _LOAD,
     ),
 ]
@@ -46,16 +48,17 @@ Calibrate = Annotated[
     Path | None,
     _option("Measure the file's models on this machine, write the figures there, and stop.", _MACHINES),
 ]
-Level = Annotated[
-    str,
+Compare = Annotated[
+    str | None,
     _option(
-        "request: every engine with its scheduler; fluid: crowds of requests, for days of many groups; "
-        "auto: request where it takes minutes.",
+        "static: the same without a controller, beside it; copies then follow open requests, as Serve does.",
         _OUTPUT,
     ),
 ]
-Compare = Annotated[str | None, _option("static: the same without a controller, beside it.", _OUTPUT)]
-Out = Annotated[Path | None, _option("Folder for summary.json, curves.csv and picture.svg.", _OUTPUT)]
+Out = Annotated[Path | None, _option("Folder for summary.json and curves.csv.", _OUTPUT)]
+Picture = Annotated[
+    Path | None, _option("Curves as a .png, .svg or .pdf; needs matplotlib, the extra `plan`.", _OUTPUT)
+]
 
 
 def simulate(
@@ -70,16 +73,16 @@ def simulate(
     calibration: Figures = None,
     load_s: LoadSeconds = None,
     calibrate: Calibrate = None,
-    level: Level = "auto",
     compare: Compare = None,
     out: Out = None,
+    picture: Picture = None,
     seed: Seed = 0,
 ) -> int:
-    """Serve a load with what FILE would deploy, in virtual time: no GPU, no Ray, nothing is served.
+    """Serve a load with what FILE would deploy, in virtual time: no GPU, no Ray.
 
-    The router's ranking, every engine's scheduler and memory pool, the controller's policy and its orders are
-    those that serve; steps and copies only take time. It says how many promises are kept, what memory is used
-    and what the controller decides.
+    Router, schedulers, memory pools and the controller are those that serve.
+
+    Steps and copies only take time: as measured (--calibrate, --calibration), or as known of a GPU (--gpu).
     """
     file = config.load(path)
     from cluster.planner import calibrating, running  # brings torch
@@ -91,11 +94,21 @@ def simulate(
     if not trace:
         raise OptionError("--trace is missing: a file, or a load such as poisson:rate=4,in=1000,out=200")
     wishes = running.Wishes(
-        path, tuple(trace), hours, from_hour, groups, gpu, gpus_per_node,
-        _bytes("--host-memory", host_memory), calibration, load_s,
-        _one_of("--level", level, ("auto", "request", "fluid")), _one_of("--compare", compare, ("static",)),
-        out, seed,
-    )  # fmt: skip
+        path,
+        tuple(trace),
+        hours=hours,
+        from_hour=from_hour,
+        groups=groups,
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        host_bytes=_bytes("--host-memory", host_memory),
+        calibration=calibration,
+        load_s=load_s,
+        compare=_one_of("--compare", compare, ("static",)),
+        out=out,
+        picture=checked_picture(picture),
+        seed=seed,
+    )
     running.run(file, wishes, console, Console(highlight=False))
     return 0
 
@@ -107,6 +120,17 @@ def _bytes(name: str, text: str | None) -> int | None:
         return parse_bytes(text)
     except ValueError as error:
         raise OptionError(f"{name} {text}: {error}") from error
+
+
+def checked_picture(path: Path | None) -> Path | None:
+    """The same path. Raises OptionError, before anything is simulated, if no picture can be drawn there."""
+    if path is None:
+        return None
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise OptionError(f"--picture {path}: must end with .png, .svg or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError("--picture needs matplotlib, which is not installed: pip install 'ballonet[plan]'")
+    return path
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> Any:

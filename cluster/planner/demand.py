@@ -183,13 +183,13 @@ def _reader(path: Path) -> traces.Reader:
         return traces.read_azure
     if "Request tokens" in head:
         return traces.read_burstgpt
-    raise OptionError(
-        f"{path}, line 1: {head.strip()[:60]!r} begins no trace that is known: Azure LLM inference "
-        f"(TIMESTAMP,"
-        "ContextTokens,GeneratedTokens), BurstGPT (Timestamp,Model,Request tokens,...) or Mooncake "
-        "(JSON objects "
-        "with timestamp, input_length and output_length)"
+    known = (
+        "Azure LLM inference (TIMESTAMP,ContextTokens,GeneratedTokens), BurstGPT (Timestamp,Model,Request "
+        "tokens,...) or Mooncake (JSON objects with timestamp, input_length and output_length)"
     )
+    if not head:
+        raise OptionError(f"--trace {path} is empty; known are {known}")
+    raise OptionError(f"{path}, line 1: {head.strip()[:60]!r} begins no trace that is known: {known}")
 
 
 def sources_of(texts: Sequence[str], model_ids: Sequence[str]) -> dict[str, Source]:

@@ -18,37 +18,29 @@ class Spread:
     """How values are spread, in little memory: a day has tens of millions of them."""
 
     def __init__(self) -> None:
-        self._counts: defaultdict[int, float] = defaultdict(float)
-        self._total = self._weight = 0.0
+        self._counts: defaultdict[int, int] = defaultdict(int)
+        self._count = 0
         self.most = 0.0
 
-    def add(self, value: float, weight: float = 1.0) -> None:
-        """A value, so often."""
-        if weight <= 0:
-            return
-        self._counts[round(math.log(max(value, _LEAST)) / _STEP)] += weight
-        self._total += value * weight
-        self._weight += weight
+    def add(self, value: float) -> None:
+        """One more."""
+        self._counts[round(math.log(max(value, _LEAST)) / _STEP)] += 1
+        self._count += 1
         self.most = max(self.most, value)
-
-    @property
-    def mean(self) -> float:
-        """0 of no values."""
-        return self._total / self._weight if self._weight else 0.0
 
     def percentile(self, percent: float) -> float | None:
         """None of no values."""
-        left = self._weight * percent / 100
+        left = self._count * percent / 100
         for place in sorted(self._counts):
             left -= self._counts[place]
             if left <= 1e-9:
                 return min(math.exp(place * _STEP), self.most)
-        return self.most if self._weight else None
+        return self.most if self._count else None
 
 
 @dataclass
 class Tally:
-    """Of one model. Counts are floats: the fluid level has parts of requests.
+    """Of one model.
 
     Attributes:
         asked: requests that came.
@@ -57,14 +49,14 @@ class Tally:
         refused: of them, by reason.
     """
 
-    asked: float = 0.0
-    ended: float = 0.0
-    first_kept: float = 0.0
-    pace_kept: float = 0.0
-    both_kept: float = 0.0
-    output_tokens: float = 0.0
-    prompt_tokens: float = 0.0
-    cached_tokens: float = 0.0
+    asked: int = 0
+    ended: int = 0
+    first_kept: int = 0
+    pace_kept: int = 0
+    both_kept: int = 0
+    output_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     ttft_s: Spread = field(default_factory=Spread)
     tpot_s: Spread = field(default_factory=Spread)
@@ -75,7 +67,7 @@ class Tally:
         self.ended += 1
         self.refused[why] += 1
 
-    def share(self, kept: float) -> float | None:
+    def share(self, kept: int) -> float | None:
         """Of those that ended; None if none has."""
         return kept / self.ended if self.ended else None
 
@@ -83,8 +75,8 @@ class Tally:
         """Under the names of the summary."""
         gap = self.gap_s.most if self.gap_s.percentile(50) is not None else None
         return {
-            "requests": round(self.asked),
-            "ended": round(self.ended),
+            "requests": self.asked,
+            "ended": self.ended,
             "refused": dict(self.refused),
             "ttft_attainment": self.share(self.first_kept),
             "tpot_attainment": self.share(self.pace_kept),
@@ -106,15 +98,17 @@ class Sample:
     """One model at one time. Memory in bytes, of all its groups; shares are of what ended since the last one.
 
     Attributes:
-        load_rps: requests/s that came since the last one.
+        load_rps: requests/s that came since the last one; ended: requests that did since then.
         attainment: of both promises; None if nothing ended.
         kv, cached, activation, free: of the devices.
-        balloon_limit, balloon_physical, balloon_used: of host memory.
+        balloon_limit, balloon_physical: of host memory; balloon_used: KV of requests, parked or copied ahead;
+            balloon_cached: KV that no request needs.
     """
 
     time_s: float
     model_id: str
     load_rps: float
+    ended: int
     attainment: float | None
     ttft_attainment: float | None
     tpot_attainment: float | None
@@ -128,6 +122,7 @@ class Sample:
     balloon_limit: int
     balloon_physical: int
     balloon_used: int
+    balloon_cached: int
     replicas: int
     starting: int
 
@@ -141,30 +136,39 @@ class Recorder:
 
     Args:
         tallies: by model id.
+
+    Attributes:
+        peaks: by model id, the most at one time.
+        node_held: bytes of host memory that all balloons of a node held, the most of any node.
+        node_used: the same of KV of requests.
     """
 
     tallies: Mapping[str, Tally]
     samples: list[Sample] = field(default_factory=list)
-    _before: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    _before: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _before_s: float = 0.0
     peaks: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    node_held: int = 0
+    node_used: int = 0
 
     def take(self, fleet: Fleet, now: float) -> None:
         """Every model, now."""
         passed_s = max(1e-9, now - self._before_s)
         for model_id, tally in self.tallies.items():
             counts = (tally.asked, tally.ended, tally.both_kept, tally.first_kept, tally.pace_kept)
-            before = self._before.get(model_id, (0.0,) * 5)
+            before = self._before.get(model_id, (0,) * 5)
             asked, ended, *kept = (new - old for new, old in zip(counts, before, strict=True))
             groups = [*fleet.of(model_id), *(g for g in fleet.leaving if g.model.model_id == model_id)]
             both, first, pace = (one / ended if ended > 0 else None for one in kept)
             memory = _memory(groups)
             counted = {"replicas": len(fleet.of(model_id)), "starting": fleet.num_starting(model_id)}
-            sample = Sample(now, model_id, asked / passed_s, both, first, pace, **memory, **counted)
+            sample = Sample(now, model_id, asked / passed_s, ended, both, first, pace, **memory, **counted)
             self.samples.append(sample)
             self._peak(sample)
             self._before[model_id] = counts
         self._before_s = now
+        self.node_held = max(self.node_held, *fleet.held().values(), 0)
+        self.node_used = max(self.node_used, *fleet.used().values(), 0)
 
     def _peak(self, sample: Sample) -> None:
         peaks = self.peaks[sample.model_id]
@@ -183,7 +187,7 @@ class Recorder:
 
 _SUMS = (
     *("running", "parked", "waiting", "kv", "cached", "activation", "free"),
-    *("balloon_limit", "balloon_physical", "balloon_used"),
+    *("balloon_limit", "balloon_physical", "balloon_used", "balloon_cached"),
 )
 
 
@@ -201,5 +205,6 @@ def _memory(groups: list[SimulatedGroup]) -> dict[str, int]:
         sums["free"] += (memory.free + memory.retiring) * unit
         sums["balloon_limit"] += memory.balloon_limit * unit
         sums["balloon_physical"] += memory.balloon_physical * unit
-        sums["balloon_used"] += memory.balloon * unit
+        sums["balloon_used"] += (memory.balloon - memory.balloon_cached) * unit
+        sums["balloon_cached"] += memory.balloon_cached * unit
     return sums

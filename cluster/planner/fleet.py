@@ -8,17 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from cluster.planner.nodes import Nodes, Place
 from cluster.planner.plan import ModelPlan, Plan, Replicas
 from cluster.reports import GroupReport
 from engine.control import HostSnapshot, Order
-from engine.messages import EngineSnapshot
+from engine.messages import EngineSnapshot, MemorySnapshot
 
 
 class SimulatedGroup(Protocol):
-    """One group, by whatever model of an engine."""
+    """One group."""
 
     name: str
-    node_id: str
+    place: Place
     model: ModelPlan
 
     @property
@@ -33,7 +34,7 @@ class SimulatedGroup(Protocol):
         """Follow the controller."""
 
 
-MakeGroup = Callable[[str, ModelPlan, str, float], SimulatedGroup]  # name, model, node, now
+MakeGroup = Callable[[str, ModelPlan, Place, float], SimulatedGroup]  # name, model, place, now
 
 
 @dataclass(slots=True)
@@ -41,14 +42,14 @@ class _Starting:
     ready_s: float
     name: str
     model: ModelPlan
-    node_id: str
+    place: Place
 
 
 class Fleet:
     """All groups.
 
     Attributes:
-        groups: those that can be sent to.
+        nodes: where they are.
         leaving: those that finish what they have.
 
     Args:
@@ -59,9 +60,9 @@ class Fleet:
         self.plan = plan
         self._make = make
         self._numbers = {model.model_id: itertools.count() for model in plan.models}
-        self._taken: Counter[str] = Counter()  # devices of each node
+        self.nodes = Nodes(plan.gpus_per_node)
         self._starting: list[_Starting] = []
-        self.groups: list[SimulatedGroup] = []
+        self._groups: dict[str, list[SimulatedGroup]] = {model.model_id: [] for model in plan.models}
         self.leaving: list[SimulatedGroup] = []
         self.wanted: dict[str, int] = {}  # as the controller said last
         self._scaling = {model.model_id: Scaling(model.replicas) for model in plan.models}
@@ -70,26 +71,26 @@ class Fleet:
                 self._start(model, 0.0, ready_s=0.0)
         self.settle(0.0)
 
+    @property
+    def groups(self) -> list[SimulatedGroup]:
+        """Those that can be sent to."""
+        return [group for groups in self._groups.values() for group in groups]
+
     def of(self, model_id: str) -> list[SimulatedGroup]:
-        """The groups of a model that can be sent to."""
-        return [group for group in self.groups if group.model.model_id == model_id]
+        """The same of one model."""
+        return self._groups[model_id]
 
     def num_starting(self, model_id: str) -> int:
         return sum(one.model.model_id == model_id for one in self._starting)
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes that are used, or were."""
-        return len(self._taken)
 
     def settle(self, now: float) -> None:
         """Groups that have loaded begin, those that leave and have finished are gone."""
         for one in [one for one in self._starting if one.ready_s <= now]:
             self._starting.remove(one)
-            self.groups.append(self._make(one.name, one.model, one.node_id, now))
+            self.of(one.model.model_id).append(self._make(one.name, one.model, one.place, now))
         for group in [group for group in self.leaving if not group.num_open]:
             self.leaving.remove(group)
-            self._taken[group.node_id] -= group.model.num_ranks
+            self.nodes.give_back(group.place)
 
     def scale(self, now: float) -> None:
         """As Serve's autoscaler does, by the controller's wish or its own rule."""
@@ -102,20 +103,33 @@ class Fleet:
             for _ in range(target - there):
                 self._start(model, now, now + model.calibration.load_s)
             for group in sorted(groups, key=lambda one: one.num_open)[: max(0, there - target)]:
-                self.groups.remove(group)
+                groups.remove(group)
                 self.leaving.append(group)
+
+    def held(self) -> Counter[str]:
+        """Bytes of host memory that balloons hold, by node."""
+        return self._by_node(lambda memory: memory.balloon_physical)
+
+    def used(self) -> Counter[str]:
+        """The same of KV that requests have there."""
+        return self._by_node(lambda memory: memory.balloon - memory.balloon_cached)
+
+    def _by_node(self, num_chunks: Callable[[MemorySnapshot], int]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for group in (*self.groups, *self.leaving):
+            memory = group.snapshot.memory
+            nbytes = num_chunks(memory) * memory.chunk_bytes * group.model.num_ranks
+            found[group.place.node_id] += nbytes
+        return found
 
     def host_of(self, node_id: str) -> HostSnapshot:
         """A node's memory, as its engines see it."""
-        held = sum(_held(one) for one in (*self.groups, *self.leaving) if one.node_id == node_id)
-        return HostSnapshot(node_id, self.plan.host_bytes, max(0, self.plan.host_bytes - held))
+        total = self.plan.host_bytes
+        return HostSnapshot(node_id, total, max(0, total - self.held()[node_id]))
 
     def reports(self) -> list[GroupReport]:
         """What the controller is told."""
-        held: Counter[str] = Counter()
-        for group in (*self.groups, *self.leaving):
-            held[group.node_id] += _held(group)
-        total = self.plan.host_bytes
+        held, total = self.held(), self.plan.host_bytes
         return [
             GroupReport(
                 group.name,
@@ -124,7 +138,7 @@ class Fleet:
                 group.model.ttft_slo_s,
                 replace(
                     group.snapshot,
-                    host=HostSnapshot(group.node_id, total, max(0, total - held[group.node_id])),
+                    host=HostSnapshot(group.place.node_id, total, max(0, total - held[group.place.node_id])),
                 ),
                 self.wanted.get(group.model.model_id, 0),
             )
@@ -133,25 +147,7 @@ class Fleet:
 
     def _start(self, model: ModelPlan, now: float, ready_s: float) -> None:
         name = f"{model.model_id}#{next(self._numbers[model.model_id])}"
-        self._starting.append(_Starting(ready_s, name, model, self._place(model)))
-
-    def _place(self, model: ModelPlan) -> str:
-        """The first node with devices left for all ranks (STRICT_PACK)."""
-        if model.config.device == "cpu":
-            self._taken["node0"] += 0
-            return "node0"
-        for number in itertools.count():
-            node_id = f"node{number}"
-            room = self.plan.gpus_per_node - self._taken[node_id]
-            if room >= model.num_ranks or not self._taken[node_id]:
-                self._taken[node_id] += model.num_ranks
-                return node_id
-        raise AssertionError  # never: nodes do not run out
-
-
-def _held(group: SimulatedGroup) -> int:
-    memory = group.snapshot.memory
-    return memory.balloon_physical * memory.chunk_bytes * group.model.num_ranks
+        self._starting.append(_Starting(ready_s, name, model, self.nodes.take(model)))
 
 
 class Scaling:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.calibration import Calibration, StepRates
+from engine.config import MemoryConfig
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,9 +41,8 @@ class Gpu:
 
 
 _H100 = (
-    "measured on an H100 80GB (tests/bench/README.md): 8B in bf16, 5.35 ms a token alone, prompts "
-    "at 600 TFLOP/s, "
-    "attention 550 TFLOP/s, KV at 2.95 TB/s, copies at 50 GiB/s"
+    "measured on an H100 80GB (tests/bench/README.md): 8B in bf16, 5.35 ms a token alone, prompts at "
+    "600 TFLOP/s, attention 550 TFLOP/s, KV at 2.95 TB/s, copies at 50 GiB/s"
 )
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB", int(79.2 * GIB), 2.97e12, 600e12, 550e12, 50 * GIB, _H100),
@@ -68,7 +68,7 @@ GPUS = {
 
 
 def default_calibration(
-    gpu_name: str | None, shape: EngineShape, num_ranks: int, margin_bytes: int, model_id: str
+    gpu_name: str | None, shape: EngineShape, num_ranks: int, memory: MemoryConfig, model_id: str
 ) -> Calibration:
     """A plan's figures for a model on that GPU, from the rates that are known.
 
@@ -77,10 +77,10 @@ def default_calibration(
     """
     gpu = GPUS.get((gpu_name or "").lower())
     if gpu is None:
+        what = f"nothing is known of the GPU {gpu_name}." if gpu_name else "which GPU is it for?"
         raise ConfigError(
-            f"{model_id}: nothing is known of the GPU {gpu_name!r}: name one of {', '.join(GPUS)} "
-            f"with --gpu (or "
-            "accelerator_type in the file), or measure on the machine with --calibrate and give --calibration"
+            f"{model_id}: {what} Name one of {', '.join(GPUS)} with --gpu (or accelerator_type in the file), "
+            "or measure on such a machine with --calibrate, and give --calibration"
         )
     weights = shape.num_weights * shape.itemsize // num_ranks
     products = shape.num_products * shape.itemsize / num_ranks
@@ -92,15 +92,14 @@ def default_calibration(
         shape.geometry.bytes_per_token / gpu.read_bytes_s,
         4.0 * layers * shape.attention_width / num_ranks / gpu.attention_flop_s,
     )
-    pool = gpu.memory_bytes - weights - margin_bytes - _OUTSIDE_BYTES
+    part = "" if memory.device_share == 1 else f" ({memory.device_share:.0%} of it)"
+    pool = int(gpu.memory_bytes * memory.device_share) - weights - memory.margin_bytes - _OUTSIDE_BYTES
     sources = {
         "steps": f"{gpu.name}: {gpu.source}; rates times this model's bytes and FLOPs",
-        "pool_bytes": f"{gpu.name}'s memory less weights, margin_bytes and 1.5 GiB for graphs, "
-        "tables and torch, "
-        "as beside an 8B model on an H100",
-        "load_s": "8 s measured for random weights with kernels cached (README.md); reading a "
-        "checkpoint comes "
-        "on top: --load-s",
+        "pool_bytes": f"{gpu.name}'s memory{part} less weights, margin_bytes and 1.5 GiB for graphs, tables "
+        "and torch, as beside an 8B model on an H100",
+        "load_s": "8 s measured for random weights with kernels cached (README.md); reading a checkpoint "
+        "comes on top: --load-s",
         "pin_s_per_gib": "measured on an H100's host: 16 GiB in 10.7 s",
     }
     if num_ranks > 1:
@@ -108,5 +107,5 @@ def default_calibration(
             f"{num_ranks} GPUs a copy share products and KV; two sums a layer at 12 us each, assumed"
         )
     if pool <= 0:
-        raise ConfigError(f"{model_id}: {weights / GIB:.1f} GiB of weights do not fit a {gpu.name}")
-    return Calibration(rates, gpu.link_bytes_s, _PIN_S, _LOAD_S, pool, sources)
+        raise ConfigError(f"{model_id}: {weights / GIB:.1f} GiB of weights do not fit a {gpu.name}{part}")
+    return Calibration(rates, gpu.link_bytes_s, _PIN_S, _LOAD_S, pool, "cuda", sources)

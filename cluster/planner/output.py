@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ def summary(plan: Plan, outcomes: Mapping[str, Outcome], facts: Mapping[str, Any
     """
     return {
         **facts,
-        "nodes": {name: outcome.fleet.num_nodes for name, outcome in outcomes.items()},
         "assumed": list(plan.assumed),
+        "not_simulated": list(plan.not_simulated),
         "models": {
             model.model_id: {
                 "sources": dict(model.calibration.sources),
@@ -73,7 +73,11 @@ def _all_figures(outcome: Outcome) -> dict[str, Any]:
     ended = sum(one.ended for one in tallies)
     times = sorted(steering.decide_s)
     return {
-        "requests": round(sum(one.asked for one in tallies)),
+        "requests": sum(one.asked for one in tallies),
+        "gpus": outcome.fleet.nodes.most_gpus,
+        "nodes": len(outcome.fleet.nodes),
+        "peak_node_host_bytes": outcome.recorder.node_held,
+        "peak_node_used_bytes": outcome.recorder.node_used,
         "attainment": sum(one.both_kept for one in tallies) / ended if ended else None,
         "ttft_attainment": sum(one.first_kept for one in tallies) / ended if ended else None,
         "tpot_attainment": sum(one.pace_kept for one in tallies) / ended if ended else None,
@@ -112,108 +116,110 @@ _MANY = 12  # models that a terminal shows one by one
 
 
 def tables(figures: Mapping[str, Any]) -> RenderableType:
-    """What the terminal shows."""
+    """What the terminal shows, in 80 columns."""
     runs, models = list(figures["all"]), figures["models"]
-    shown: list[RenderableType] = [Text(figures["level_told"])]
     rows = list(models.items())[:_MANY]
-    shown.append(_promises(rows, runs))
-    shown.append(_memory(rows, runs))
+    shown: list[RenderableType] = [_totals(figures["all"]), _promises(rows, runs), _times(rows, runs)]
+    shown += [_memory(rows, runs), _decisions(rows, runs)]
     if len(models) > _MANY:
         shown.append(Text(f"and {len(models) - _MANY} models more, in summary.json"))
-    shown.append(_totals(figures["all"], figures["nodes"]))
     shown += [Text(line) for line in _notes(figures)]
     return Group(*shown)
 
 
-def _promises(rows: list[tuple[str, Any]], runs: list[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title="promises", title_justify="left")
-    names = ("model", "run", "requests", "refused", "TTFT ok", "TPOT ok", "both", "goodput/s")
-    times = ("TTFT p50 / p99", "TPOT p50 / p99", "longest gap")
-    for at, name in enumerate((*names, *times)):
-        table.add_column(name, justify="left" if at < 2 else "right")
-    for model_id, one in rows:
-        for run in runs:
-            found = one[run]
-            table.add_row(
-                model_id if run == runs[0] else "",
-                run,
-                f"{found['requests']:,}",
-                f"{sum(found['refused'].values()):,.0f}",
-                *(_percent(found[f"{what}attainment"]) for what in ("ttft_", "tpot_", "")),
-                f"{found['goodput_rps']:.2f}",
-                *(
-                    f"{_time(found[f'{what}_p50_s'])} / {_time(found[f'{what}_p99_s'])}"
-                    for what in ("ttft", "tpot")
-                ),
-                _time(found["longest_gap_s"]),
-            )
-    return table
-
-
-def _memory(rows: list[tuple[str, Any]], runs: list[str]) -> Table:
+def _table(title: str, *names: str) -> Table:
+    """Text in the first two columns, numbers in the others."""
     table = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        title="\nmemory, groups, decisions",
-        title_justify="left",
+        box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left"
     )
-    for at, name in enumerate(
-        ("model", "run", "KV live, peak", "host held, used", "waiting", "parked", "groups", "decisions")
-    ):
-        table.add_column(name, justify="right" if 1 < at < 7 else "left")
-    for model_id, one in rows:
-        for run in runs:
-            found = one[run]
-            groups = found["replicas"]
-            table.add_row(
-                model_id if run == runs[0] else "",
-                run,
-                _gib(found["peak_kv_bytes"]),
-                f"{_gib(found['peak_host_bytes'])}, {_gib(found['peak_host_used_bytes'])}",
-                f"{found['peak_waiting']:,}",
-                f"{found['peak_parked']:,}",
-                f"{groups['least']}"
-                if groups["least"] == groups["most"]
-                else f"{groups['least']}-{groups['most']}",
-                ", ".join(f"{what} {count}" for what, count in found["decisions"].items()) or "-",
-            )
+    for at, name in enumerate(names):
+        table.add_column(name, justify="left" if at < 2 else "right", no_wrap=True)
+    table.columns[0].max_width = _NAME
     return table
 
 
-def _totals(runs: Mapping[str, Any], nodes: Mapping[str, int]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title="\nall models", title_justify="left")
-    for at, name in enumerate(
-        ("run", "nodes", "both", "goodput/s", "orders", "reversals", "decide() median / max")
-    ):
-        table.add_column(name, justify="right" if at else "left")
+_NAME = 17  # columns of a model's id
+
+
+def _totals(runs: Mapping[str, Any]) -> Table:
+    table = _table(
+        "all models", "run", "requests", "GPUs", "nodes", "host/node", "in use", "both", "goodput/s", "orders"
+    )
+    table.columns[1].justify = "right"
     for name, one in runs.items():
-        times = one["decide_ms"]
         table.add_row(
             name,
-            str(nodes[name]),
+            f"{one['requests']:,}",
+            f"{one['gpus']:,}",
+            f"{one['nodes']:,}",
+            _gib(one["peak_node_host_bytes"]),
+            _gib(one["peak_node_used_bytes"]),
             _percent(one["attainment"]),
             f"{one['goodput_rps']:.2f}",
             f"{one['orders']:,}",
-            f"{one['reversals_within_dwell']:,}",
-            f"{times['median']:.1f} / {times['max']:.1f} ms" if times else "-",
         )
     return table
 
 
+def _promises(rows: list[tuple[str, Any]], runs: list[str]) -> Table:
+    table = _table(
+        "\npromises kept", "model", "run", "requests", "refused", "both", "TTFT", "TPOT", "goodput/s"
+    )
+    for model_id, run, one in _each(rows, runs):
+        shares = (_percent(one[f"{what}attainment"]) for what in ("", "ttft_", "tpot_"))
+        refused = f"{sum(one['refused'].values()):,}"
+        table.add_row(model_id, run, f"{one['requests']:,}", refused, *shares, f"{one['goodput_rps']:.2f}")
+    return table
+
+
+def _times(rows: list[tuple[str, Any]], runs: list[str]) -> Table:
+    table = _table("\ntimes", "model", "run", "TTFT p50", "p99", "TPOT p50", "p99", "longest gap")
+    for model_id, run, one in _each(rows, runs):
+        times = (_time(one[f"{what}_{p}_s"]) for what in ("ttft", "tpot") for p in ("p50", "p99"))
+        table.add_row(model_id, run, *times, _time(one["longest_gap_s"]))
+    return table
+
+
+def _memory(rows: list[tuple[str, Any]], runs: list[str]) -> Table:
+    table = _table(
+        "\nmost at one time", "model", "run", "GPU KV", "balloons", "in use", "waiting", "parked", "copies"
+    )
+    for model_id, run, one in _each(rows, runs):
+        sizes = (_gib(one[f"peak_{what}_bytes"]) for what in ("kv", "host", "host_used"))
+        counts = (f"{one[f'peak_{what}']:,}" for what in ("waiting", "parked"))
+        table.add_row(model_id, run, *sizes, *counts, f"{one['replicas']['most']:,}")
+    return table
+
+
+def _decisions(rows: list[tuple[str, Any]], runs: list[str]) -> RenderableType:
+    lines = [
+        f"{model_id or rows[0][0]}: "
+        + ", ".join(f"{what} {count}" for what, count in one["decisions"].items())
+        for model_id, run, one in _each(rows, runs, repeats=True)
+        if one["decisions"]
+    ]
+    return Group(*map(Text, ["", "decisions of the controller", *lines])) if lines else Text("")
+
+
+def _each(
+    rows: list[tuple[str, Any]], runs: list[str], repeats: bool = False
+) -> Iterator[tuple[str, str, Any]]:
+    """Every model with every run; its id once, unless `repeats`."""
+    for model_id, one in rows:
+        for run in runs:
+            yield model_id if repeats or run == runs[0] else "", run, one[run]
+
+
 def _notes(figures: Mapping[str, Any]) -> list[str]:
     lines = ["", *(f"assumed: {one}" for one in figures["assumed"])]
+    lines += [f"not simulated: {one}" for one in figures["not_simulated"]]
     told: dict[str, list[str]] = {}
     for model_id, one in figures["models"].items():
         for name, source in one["sources"].items():
             told.setdefault(f"{name}: {source}", []).append(model_id)
     for text, models in told.items():
-        whose = (
-            ""
-            if len(models) == len(figures["models"])
-            else f" ({', '.join(models[:3])}{', ...' * (len(models) > 3)})"
-        )
-        lines.append(f"figures, {text}{whose}")
+        whose = f" ({', '.join(models[:3])}{', ...' * (len(models) > 3)})"
+        lines.append(f"{text}{whose if len(models) < len(figures['models']) else ''}")
     return lines
 
 
@@ -224,8 +230,10 @@ def _percent(share: float | None) -> str:
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB / 10 else f"{nbytes / (1 << 20):.0f} MiB"
+    if nbytes >= 0.995 * GIB:
+        return f"{nbytes / GIB:.1f} GiB"
+    return f"{nbytes / (1 << 20):.0f} MiB"

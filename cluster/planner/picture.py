@@ -1,107 +1,116 @@
-"""The picture of a plan's runs: one SVG page, a column for each model, without a library."""
+"""The picture of a plan's runs: load, promises, and memory over time, a column for each model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from cluster.planner.figures import Sample
 from cluster.planner.plan import Plan
 from cluster.planner.run import Outcome
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 360, 120, 60, 60, 44
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _MOST = 4  # models that are drawn
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e")
-_DASHES = {"static": "5 3"}
+_WIDTH, _ROW = 4.6, 1.9  # inches
+_BINS = 40  # of promises and load: with more, chance is all that shows
+_RUNS = {"controller": ("C0", "-"), "static": ("C1", "--")}
 _GIB = 1 << 30
-Value = Callable[[Sample], float | None]
-_PANELS: tuple[tuple[str, tuple[tuple[str, Value], ...]], ...] = (
-    ("load, requests/s", (("load", lambda one: one.load_rps),)),
-    (
-        "both promises kept, %",
-        (("kept", lambda one: None if one.attainment is None else 100 * one.attainment),),
-    ),
-    (
-        "device memory, GiB",
-        (
-            ("KV live", lambda one: one.kv / _GIB),
-            ("KV cached", lambda one: one.cached / _GIB),
-            ("activations", lambda one: one.activation / _GIB),
-        ),
-    ),
-    (
-        "balloons, GiB",
-        (
-            ("limit", lambda one: one.balloon_limit / _GIB),
-            ("held", lambda one: one.balloon_physical / _GIB),
-            ("used", lambda one: one.balloon_used / _GIB),
-        ),
-    ),
-    ("groups", (("groups", lambda one: one.replicas),)),
-)
+_DEVICE = (("KV of requests", "kv", "C0"), ("KV cached", "cached", "C9"), ("activations", "activation", "C3"))
 
 
-def draw(plan: Plan, outcomes: Mapping[str, Outcome], told: str) -> str:
-    """An SVG. Solid lines are the first run's, dashed ones the static split's."""
+def draw(plan: Plan, outcomes: Mapping[str, Outcome], path: Path) -> None:
+    """Write a picture; the file's ending says which kind."""
     models = [model.model_id for model in plan.models[:_MOST]]
-    width = len(models) * (_WIDTH + _LEFT) + 20
-    height = _TOP + len(_PANELS) * (_HEIGHT + _GAP)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="white"/>',
-        _text(
-            10,
-            18,
-            f"{told[:100]}; solid: {', '.join(name for name in outcomes if name != 'static') or 'static'}",
-        ),
-    ]
+    rows = 2 + 2 * len(outcomes)
+    figure = Figure(figsize=(max(6.0, _WIDTH * len(models)), _ROW * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, len(models), squeeze=False, sharex=True)
+    longest_s = max(outcome.duration_s for outcome in outcomes.values())
+    unit, unit_s = ("hours", 3600.0) if longest_s > 7200 else ("minutes", 60.0)
     for column, model_id in enumerate(models):
-        left = _LEFT + column * (_WIDTH + _LEFT)
-        parts.append(_text(left, 40, model_id))
-        for row, (title, lines) in enumerate(_PANELS):
-            parts += _panel(model_id, outcomes, title, lines, left, _TOP + row * (_HEIGHT + _GAP))
-    return "\n".join([*parts, "</svg>\n"])
+        samples = {
+            name: [one for one in outcome.recorder.samples if one.model_id == model_id]
+            for name, outcome in outcomes.items()
+        }
+        _draw_model([axes[column] for axes in grid], samples, unit_s)
+        grid[0][column].set_title(model_id, fontsize="medium", fontweight="bold")
+        grid[-1][column].set_xlabel(f"time, {unit}")
+    for axes in (one for line in grid for one in line):
+        axes.set_xlim(0, longest_s / unit_s)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    more = len(plan.models) - len(models)
+    title = "ballonet simulate" + (f"; {more} models more are in summary.json" if more else "")
+    figure.suptitle(title, fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
-def _panel(
-    model_id: str,
-    outcomes: Mapping[str, Outcome],
-    title: str,
-    lines: Sequence[tuple[str, Value]],
-    left: int,
-    top: int,
-) -> list[str]:
-    runs = {
-        name: [one for one in outcome.recorder.samples if one.model_id == model_id]
-        for name, outcome in outcomes.items()
-    }
-    every = [one for samples in runs.values() for one in samples]
-    values = [value for one in every for _, of in lines if (value := of(one)) is not None]
-    most, end_s = max(values, default=0.0) * 1.05 or 1.0, max((one.time_s for one in every), default=1.0)
-    unit, unit_s = ("h", 3600.0) if end_s > 7200 else ("min", 60.0)
-    parts = [
-        f'<rect x="{left}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" fill="none" stroke="#999"/>',
-        _text(left + 4, top - 5, title),
-        _text(left - 4, top + 9, f"{most:.3g}", "end"),
-        _text(left - 4, top + _HEIGHT, "0", "end"),
-        _text(left + _WIDTH, top + _HEIGHT + 13, f"{end_s / unit_s:.3g} {unit}", "end"),
-        _text(left, top + _HEIGHT + 13, "0"),
-    ]
-    for number, (name, of) in enumerate(lines):
-        if len(lines) > 1:
-            parts.append(_text(left + 150 + 70 * number, top - 5, name, colour=_COLOURS[number]))
-        for run, samples in runs.items():
-            points = [
-                f"{left + _WIDTH * one.time_s / end_s:.1f},{top + _HEIGHT * (1 - value / most):.1f}"
-                for one in samples
-                if (value := of(one)) is not None
-            ]
-            dash = f' stroke-dasharray="{_DASHES[run]}"' if run in _DASHES and len(runs) > 1 else ""
-            parts.append(
-                f'<polyline points="{" ".join(points)}" fill="none" stroke="{_COLOURS[number]}"{dash}/>'
-            )
-    return parts
+def _draw_model(axes: Sequence[Axes], samples: Mapping[str, Sequence[Sample]], unit_s: float) -> None:
+    load, promises, *memories = axes
+    first = next(iter(samples.values()))
+    load.plot(
+        *_binned(first, lambda some: sum(one.load_rps for one in some) / len(some), unit_s), color="0.3"
+    )
+    load.set_ylabel("load,\nrequests/s")
+    for name, some in samples.items():
+        colour, dash = _RUNS[name]
+        promises.plot(*_binned(some, _kept, unit_s), color=colour, linestyle=dash, marker=".", label=name)
+    promises.set_ylabel("both promises\nkept, %")
+    promises.set_ylim(top=104)
+    promises.legend(fontsize="small", loc="best")
+    for number, (name, some) in enumerate(samples.items()):
+        _draw_device(memories[number], some, name, unit_s)
+        _draw_host(memories[len(samples) + number], some, name, unit_s)
+    for alike in (memories[: len(samples)], memories[len(samples) :]):  # the same scale, to compare
+        top = max(one.get_ylim()[1] for one in alike)
+        for one in alike:
+            one.set_ylim(top=top)
 
 
-def _text(x: int, y: int, text: str, anchor: str = "start", colour: str = "black") -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
+def _draw_device(axes: Axes, samples: Sequence[Sample], run: str, unit_s: float) -> None:
+    times = [one.time_s / unit_s for one in samples]
+    parts = [[getattr(one, name) / _GIB for one in samples] for _, name, _ in _DEVICE]
+    axes.stackplot(
+        times, parts, labels=[label for label, _, _ in _DEVICE], colors=[c for *_, c in _DEVICE], alpha=0.8
+    )
+    pools = [(one.kv + one.cached + one.activation + one.free) / _GIB for one in samples]
+    axes.plot(times, pools, color="black", linewidth=0.8, label="pools")
+    axes.set_ylabel(f"GPU memory, GiB\n({run})")
+    axes.set_ylim(top=1.35 * max([*pools, 0.01]))
+    axes.legend(fontsize="x-small", loc="upper left", ncols=4, columnspacing=1.0, handlelength=1.2)
+
+
+def _draw_host(axes: Axes, samples: Sequence[Sample], run: str, unit_s: float) -> None:
+    times = [one.time_s / unit_s for one in samples]
+    used = [one.balloon_used / _GIB for one in samples]
+    cached = [one.balloon_cached / _GIB for one in samples]
+    idle = [max(0, one.balloon_physical - one.balloon_used - one.balloon_cached) / _GIB for one in samples]
+    limits = [one.balloon_limit / _GIB for one in samples]
+    labels, colours = ["KV of requests", "KV cached", "held"], ["C2", "C8", "0.85"]
+    axes.stackplot(times, used, cached, idle, labels=labels, colors=colours, alpha=0.8)
+    axes.plot(times, limits, color="black", linewidth=0.8, label="allowed")
+    axes.set_ylabel(f"balloons, GiB\n({run})")
+    axes.set_ylim(top=1.35 * max([*limits, *used, 0.01]))
+    axes.legend(fontsize="x-small", loc="upper left", ncols=4, columnspacing=1.0, handlelength=1.2)
+
+
+def _kept(samples: Sequence[Sample]) -> float:
+    """Percent of the requests that ended meanwhile; not a number if none did."""
+    ended = sum(one.ended for one in samples)
+    kept = sum(one.ended * one.attainment for one in samples if one.attainment is not None)
+    return 100 * kept / ended if ended else float("nan")
+
+
+def _binned(
+    samples: Sequence[Sample], value: Callable[[Sequence[Sample]], float], unit_s: float
+) -> tuple[list[float], list[float]]:
+    """Times and values of stretches of as many samples each."""
+    size, rest = max(1, len(samples) // _BINS), iter(samples)
+    stretches = list(iter(lambda: list(islice(rest, size)), []))
+    return [one[-1].time_s / unit_s for one in stretches], [value(one) for one in stretches]

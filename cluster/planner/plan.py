@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cluster.config import LLMConfig, ServeFile, to_engine_config
-from cluster.planner.hardware import default_calibration
+from cluster.config import LLMConfig, ServeFile, ServingArgs, to_engine_config
+from cluster.config_sharing import balloon_share
+from cluster.gpu_needs import device_of
+from cluster.planner.hardware import GIB, default_calibration
 from cluster.policy import PolicyConfig
 from engine.calibration import Calibration
 from engine.config import Device, EngineConfig
@@ -16,7 +18,6 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from engine.simulation import EngineShape  # loads torch
 
-_LARGEST_SHARE = 0.5
 _UPSCALE_S, _DOWNSCALE_S, _ONGOING = 30.0, 600.0, 2.0  # Ray Serve's own defaults
 
 
@@ -77,6 +78,7 @@ class Plan:
         host_bytes: memory of each node.
         num_routers: ingress replicas, each with a router of its own.
         assumed: what nobody has said, in words.
+        not_simulated: what the file asks for, or what serving takes, that a run leaves out; in words.
     """
 
     models: tuple[ModelPlan, ...]
@@ -87,6 +89,7 @@ class Plan:
     num_routers: int
     seed: int
     assumed: tuple[str, ...] = ()
+    not_simulated: tuple[str, ...] = ()
 
     def balloon_bytes(self, model: ModelPlan) -> int:
         """Host memory of a rank's balloon until the controller speaks, as an engine takes it at its start."""
@@ -122,14 +125,22 @@ def make_plan(
     args = file.applications[0].args
     assumed = []
     if host_bytes is None:
-        host_bytes = args.controller.host_memory_bytes or 512 << 30
-        if args.controller.host_memory_bytes is None:
-            assumed.append("512 GiB of host memory a node (--host-memory)")
+        host_bytes, told = _host_bytes(args)
+        assumed.append(told)
     most = sum(
         _replicas(llm, groups).most * llm.engine_kwargs.tensor_parallel_size for llm in args.llm_configs
     )
-    share = min(_LARGEST_SHARE, 1 / max(1, min(most, gpus_per_node)))
-    models = tuple(_model_plan(llm, groups, gpu, calibrations, share, load_s) for llm in args.llm_configs)
+    share = balloon_share(most, gpus_per_node, min(llm.device_share for llm in args.llm_configs))
+    if calibrations and not any(llm.model_id in calibrations for llm in args.llm_configs):
+        raise ConfigError(
+            f"--calibration has figures of {', '.join(calibrations)}, and the file has "
+            f"{', '.join(llm.model_id for llm in args.llm_configs)}"
+        )
+    devices = {llm.model_id: device_of(llm, args, gpu is not None) for llm in args.llm_configs}
+    models = tuple(
+        _model_plan(llm, devices[llm.model_id], groups, gpu, calibrations.get(llm.model_id), share, load_s)
+        for llm in args.llm_configs
+    )
     if any(model.config.device == "cuda" for model in models):
         assumed.append(f"{gpus_per_node} GPUs a node (--gpus-per-node)")
     return Plan(
@@ -141,22 +152,48 @@ def make_plan(
         args.ingress.num_replicas,
         seed,
         tuple(assumed),
+        tuple(_not_simulated(models)),
     )
+
+
+def _host_bytes(args: ServingArgs) -> tuple[int, str]:
+    """Memory of a node if nobody has said, and how that is told."""
+    budget = args.controller.host_memory_bytes
+    if budget is None:
+        return 512 << 30, "512 GiB of host memory a node (--host-memory)"
+    # Engines make no slab beyond seven eighths of what a node has.
+    return budget * 8 // 7, (
+        f"{budget * 8 / 7 / GIB:.1f} GiB of host memory a node, seven eighths of it for balloons, as "
+        "controller.host_memory_bytes says (--host-memory)"
+    )
+
+
+def _not_simulated(models: Sequence[ModelPlan]) -> Iterator[str]:
+    yield "HTTP, tokenizing and the way of tokens to clients: some ms of every first token"
+    if any(model.replicas.most > 1 for model in models):
+        yield "migration: a request that waits in host memory stays there, even if another copy has time"
+    if any(model.config.device == "cpu" and model.config.memory.device_share < 1 for model in models):
+        yield "memory.device_share on a CPU: each pool keeps its own part"
 
 
 def _model_plan(
     llm: LLMConfig,
+    device: Device,
     groups: int | None,
     gpu: str | None,
-    calibrations: Mapping[str, Calibration],
+    measured: Calibration | None,
     share: float,
     load_s: float | None,
 ) -> ModelPlan:
     from engine.simulation import read_shape  # loads torch
 
-    name, measured = gpu or llm.accelerator_type, calibrations.get(llm.model_id)
-    wanted = llm.engine_kwargs.device
-    device: Device = ("cuda" if name or measured is None else "cpu") if wanted == "auto" else wanted
+    if measured is not None and llm.engine_kwargs.device == "auto":
+        device = measured.device
+    if measured is not None and measured.device != device:
+        raise ConfigError(
+            f"{llm.model_id} is for {device}, and its figures in --calibration were measured on "
+            f"{measured.device}: measure it on such a device, or set engine_kwargs.device"
+        )
     if device == "cpu" and measured is None:
         raise ConfigError(
             f"{llm.model_id} runs on a CPU, and no two are alike: measure it with `ballonet simulate FILE "
@@ -165,8 +202,11 @@ def _model_plan(
     config = to_engine_config(llm, device, share)
     shape = read_shape(config)
     calibration = measured or default_calibration(
-        name, shape, config.tensor_parallel_size, config.memory.margin_bytes, llm.model_id
+        gpu or llm.accelerator_type, shape, config.tensor_parallel_size, config.memory, llm.model_id
     )
+    if config.memory.pool_bytes is not None:
+        sources = {**calibration.sources, "pool_bytes": "memory.pool_bytes"}
+        calibration = replace(calibration, sources=sources)
     if load_s is not None:
         sources = {**calibration.sources, "load_s": "--load-s"}
         calibration = replace(calibration, load_s=load_s, sources=sources)

@@ -10,25 +10,22 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 
-from cluster.bench.workload import PlannedRequest
 from cluster.planner.demand import Asked
 from cluster.planner.figures import Recorder, Tally
 from cluster.planner.fleet import Fleet, SimulatedGroup
+from cluster.planner.nodes import Place
 from cluster.planner.plan import ModelPlan, Plan
+from cluster.planner.routing import Labels, Router
 from cluster.planner.run import Outcome
 from cluster.planner.steering import Steering
-from cluster.prefix_record import PrefixRecord, chain_of, home_of
-from cluster.ranking import Ask, load_of, rank_groups, routing_stats
-from cluster.router import SentTokens
 from engine.control import Order
 from engine.errors import OverloadedError, RequestError
 from engine.messages import EngineSnapshot, GenerateRequest, SamplingParams, TokenDelta
-from engine.simulation import SimulatedEngine
+from engine.simulation import Gpu, SimulatedEngine
 
 PUSH_S = 0.5  # as `cluster.app` has Serve ask
 _LOOK_S = 1e-3  # an engine that has work and can do nothing just now looks again so soon
@@ -54,20 +51,15 @@ class RequestGroup:
     """A group with a real engine in virtual time. Ranks are replicas of the first one."""
 
     def __init__(
-        self, name: str, model: ModelPlan, node_id: str, now: float, plan: Plan, room: Callable[[str], int],
+        self,
+        name: str,
+        model: ModelPlan,
+        place: Place,
+        make: Callable[[Callable[[Sequence[TokenDelta]], None]], SimulatedEngine],
         publish: Callable[[RequestGroup, Sequence[TokenDelta]], None],
-    ) -> None:  # fmt: skip
-        self.name, self.model, self.node_id = name, model, node_id
-        self.engine = SimulatedEngine(
-            model.config,
-            model.shape,
-            model.calibration,
-            lambda deltas: publish(self, deltas),
-            plan.balloon_bytes(model),
-            lambda: room(node_id),
-            is_filled=model.config.device == "cuda" and model.config.memory.balloon_bytes is not None,
-        )
-        self.engine.clock.advance_to(now)
+    ) -> None:
+        self.name, self.model, self.place = name, model, place
+        self.engine = make(lambda deltas: publish(self, deltas))
         self.num_open = 0
         self.is_scheduled = False  # among those that step
 
@@ -78,83 +70,34 @@ class RequestGroup:
     def apply(self, order: Order, now: float) -> None:
         self.engine.apply(order)
 
-    def step(self) -> None:
-        """A step, or a moment of waiting."""
-        if not self.engine.step():
+    @property
+    def calm_until_s(self) -> float:
+        """Until then nobody needs to look at it, unless a request comes."""
+        return self.engine.calm_until_s
+
+    def step(self, until_s: float) -> int:
+        """A step, or a moment of waiting, or all steps until then if they decide nothing; their number."""
+        if leapt := self.engine.leap(until_s):
+            return leapt
+        if self.engine.clock() < until_s and not self.engine.step():
             self.engine.clock.advance(_LOOK_S)
+        return 1
 
 
-@dataclass
-class _Router:
-    """One ingress replica's view of one model's groups (`cluster.router` over Serve)."""
+class Simulation:
+    """One run.
 
-    dice: random.Random
-    record: PrefixRecord[str] = field(default_factory=PrefixRecord)
-    sent: SentTokens = field(default_factory=SentTokens)
-    in_flight: Counter[str] = field(default_factory=Counter)
-    stats: dict[str, dict[str, float]] = field(default_factory=dict)
-    pushed_s: dict[str, float] = field(default_factory=dict)
+    Args:
+        sample_s: between two points of the curves.
+        leaps: whether steps in which nothing is decided are taken together (`engine.leaping`).
 
-    def told(self, group: SimulatedGroup, now: float) -> None:
-        """A group has pushed its facts."""
-        stats = routing_stats(group.snapshot, group.model.ttft_slo_s)
-        self.stats[group.name], self.pushed_s[group.name] = stats, now
-        self.record.limit(group.name, stats["capacity_tokens"])
+    Attributes:
+        num_steps, num_turns: of all engines, and how often one was called for them.
+    """
 
-    def choose(self, groups: Sequence[SimulatedGroup], prompt: Sequence[int], now: float) -> int:
-        """The group that a prompt is sent to."""
-        names = [group.name for group in groups]
-        chain = chain_of(prompt, "") if len(groups) > 1 else []
-        cached = [min(len(prompt), self.record.cached_tokens(name, chain)) for name in names]
-        loads = [
-            load_of(
-                self.stats.get(name, {}),
-                self.in_flight[name],
-                self.sent.since(name, self.pushed_s.get(name, 0.0)),
-                now - self.pushed_s.get(name, -1e9),
-            )
-            for name in names
-        ]
-        home = home_of(chain[0], names) if chain else None
-        best = rank_groups(loads, Ask(len(prompt), cached, home=home), self.dice)[0]
-        self.record.sent(names[best], chain)
-        self.sent.send(names[best], len(prompt) - cached[best], now)
-        self.in_flight[names[best]] += 1
-        return best
-
-    def ended(self, name: str) -> None:
-        """A request has left a group."""
-        self.in_flight[name] -= 1
-        self.sent.complete(name)
-
-
-class Labels:
-    """Token ids of prompts: equal stretches are equal, and others differ from their first token on."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self._next = itertools.count(2)
-
-    def tokens(self, request: PlannedRequest) -> tuple[int, ...]:
-        """A prompt. A stretch that nobody shares is not remembered."""
-        tokens = array("q")
-        for label, length in request.parts or (("", request.prompt_tokens),):
-            number = self._number(label) if label.startswith("block ") else next(self._next)
-            tokens.append(number)
-            tokens.extend(array("q", (1,)) * (length - 1))
-        return tuple(tokens)
-
-    def _number(self, label: str) -> int:
-        if label not in self._numbers:
-            self._numbers[label] = next(self._next)
-        return self._numbers[label]
-
-
-class RequestLevel:
-    """One run."""
-
-    def __init__(self, plan: Plan, sample_s: float) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, sample_s: float, leaps: bool = True) -> None:
+        self._plan, self._leaps = plan, leaps
+        self._gpus: dict[tuple[str, str], Gpu] = {}  # those that are shared, by node and name
         self._sample_s = sample_s
         self.tallies = {model.model_id: Tally() for model in plan.models}
         self._tally_of = list(self.tallies.values())
@@ -162,7 +105,7 @@ class RequestLevel:
         self.steering = Steering(plan.policy, plan.host_bytes)
         self.fleet = Fleet(plan, self._make)
         self._routers = [
-            [_Router(random.Random(f"{plan.seed}/{model.model_id}/{at}")) for at in range(plan.num_routers)]
+            [Router(random.Random(f"{plan.seed}/{model.model_id}/{at}")) for at in range(plan.num_routers)]
             for model in plan.models
         ]
         self._labels = Labels()
@@ -170,7 +113,7 @@ class RequestLevel:
         self._busy: list[tuple[float, int, RequestGroup]] = []
         self._order = itertools.count()
         self._names = itertools.count()
-        self.num_steps = 0
+        self.num_steps = self.num_turns = 0
 
     def run(self, asked: Iterator[Asked], told: Callable[[float], None], lasts_s: float) -> Outcome:
         """All requests, and what is left of them afterwards.
@@ -188,7 +131,7 @@ class RequestLevel:
                 self._arrive(arrival)
                 arrival = next(arrivals)
                 continue
-            self._advance(mark_s)
+            self._catch_up(mark_s)
             mark(mark_s)
             told(mark_s)
             mark_s, mark = next(marks)
@@ -196,8 +139,28 @@ class RequestLevel:
             self._tally_of[one.model].refuse("unfinished")
         return Outcome(self.tallies, self.recorder, self.steering, self.fleet, mark_s)
 
-    def _make(self, name: str, model: ModelPlan, node_id: str, now: float) -> SimulatedGroup:
-        return RequestGroup(name, model, node_id, now, self._plan, self._room, self._published)
+    def _make(self, name: str, model: ModelPlan, place: Place, now: float) -> SimulatedGroup:
+        group = RequestGroup(name, model, place, partial(self._engine, model, place), self._published)
+        group.engine.clock.advance_to(now)
+        return group
+
+    def _engine(
+        self, model: ModelPlan, place: Place, publish: Callable[[Sequence[TokenDelta]], None]
+    ) -> SimulatedEngine:
+        shared, memory = place.shared_gpu, model.config.memory
+        return SimulatedEngine(
+            replace(
+                model.config, memory=replace(memory, map_ahead_tokens=0)
+            ),  # mapping takes no virtual time
+            model.shape,
+            model.calibration,
+            publish,
+            self._plan.balloon_bytes(model),
+            lambda: self._room(place.node_id),
+            is_filled=model.config.device == "cuda" and memory.balloon_bytes is not None,
+            gpu=self._gpus.setdefault((place.node_id, shared), Gpu(shared)) if shared else None,
+            leaps=self._leaps and not shared,  # steps of several engines take turns on a GPU
+        )
 
     def _room(self, node_id: str) -> int:
         host = self.fleet.host_of(node_id)
@@ -217,12 +180,27 @@ class RequestLevel:
         busy = self._busy
         while busy and busy[0][0] < until_s:
             _, number, group = heapq.heappop(busy)
-            group.step()
-            self.num_steps += 1
+            self._step(group, until_s)
             if group.num_open:
-                heapq.heappush(busy, (group.engine.clock(), number, group))
+                heapq.heappush(busy, (group.calm_until_s, number, group))
             else:
                 group.is_scheduled = False
+
+    def _bring(self, group: RequestGroup, until_s: float) -> None:
+        """A group comes to that time, where it was left behind because nothing happens."""
+        while group.num_open and group.engine.clock() < until_s:
+            self._step(group, until_s)
+
+    def _step(self, group: RequestGroup, until_s: float) -> None:
+        self.num_steps += group.step(until_s)
+        self.num_turns += 1
+
+    def _catch_up(self, until_s: float) -> None:
+        """The same, and those too in which nothing happens meanwhile."""
+        self._advance(until_s)
+        for group in (*self.fleet.groups, *self.fleet.leaving):
+            assert isinstance(group, RequestGroup)
+            self._bring(group, until_s)
 
     def _arrive(self, asked: Asked) -> None:
         model = self._plan.models[asked.model]
@@ -238,6 +216,7 @@ class RequestLevel:
         group = groups[self._routers[asked.model][router].choose(groups, prompt, now)]
         assert isinstance(group, RequestGroup)
         name = str(number)
+        self._bring(group, now)
         group.engine.clock.advance_to(now)
         try:
             group.engine.submit(
@@ -261,7 +240,7 @@ class RequestLevel:
             one = self._open[delta.request_id]
             if delta.token_ids:
                 if one.num_tokens:
-                    one.gap_s = max(one.gap_s, now - one.last_s)
+                    one.gap_s = max(one.gap_s, group.engine.gap_s or now - one.last_s)
                 else:
                     one.first_s = now
                 one.last_s = now
@@ -299,7 +278,8 @@ class RequestLevel:
             assert isinstance(group, RequestGroup)
             if not group.is_scheduled:
                 group.engine.clock.advance_to(now)
-                group.engine.step()
+                if not group.engine.is_at_rest:
+                    group.engine.step()
         for place, model in enumerate(self._plan.models):
             for group in self.fleet.of(model.model_id):
                 for router in self._routers[place]:

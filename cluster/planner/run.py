@@ -1,4 +1,4 @@
-"""What a run of either level gives."""
+"""What a run gives."""
 
 from __future__ import annotations
 

@@ -48,6 +48,8 @@ class Steering:
             group.apply(instruction.order, now)
             fleet.wanted[group.model.model_id] = instruction.wanted_replicas
         for action in decision.actions:
+            if action.action == "migrate":
+                continue  # not simulated (`Plan.not_simulated`)
             group_of = groups.get(action.subject)
             model_id = group_of.model.model_id if group_of else action.subject
             self.actions[model_id, action.action, action.reason] += 1
