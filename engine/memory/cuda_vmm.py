@@ -1,5 +1,5 @@
-"""Virtual memory of one CUDA device, and copies from and to it. The only file that calls the CUDA driver,
-itself or by native_cuda.c.
+"""Virtual memory of one CUDA device, and copies from and to it. This file and cuda_peers.py alone call the
+CUDA driver, themselves or by native_cuda.c.
 
 Per call from Python on an H100, 2 to 32 MiB alike: create 11 µs, map 2, set access 32, unmap 19,
 release 13; one set-access over a range costs no less a chunk. Neither map nor unmap waits for
@@ -46,7 +46,7 @@ class CudaVirtualMemory(ChunkDriver):
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._properties.location.id = self._index
         minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        granularity = _call(driver.cuMemGetAllocationGranularity, self._properties, minimum)
+        granularity = driver_call(driver.cuMemGetAllocationGranularity, self._properties, minimum)
         if chunk_bytes % granularity:
             raise ConfigError(
                 f"memory.chunk_bytes must be a multiple of {granularity} on this GPU, not {chunk_bytes}"
@@ -60,20 +60,22 @@ class CudaVirtualMemory(ChunkDriver):
 
     def reserve(self, num_chunks: int) -> int:
         nbytes = num_chunks * self.chunk_bytes
-        address = int(_call(driver.cuMemAddressReserve, nbytes, self.chunk_bytes, driver.CUdeviceptr(0), 0))
+        address = int(
+            driver_call(driver.cuMemAddressReserve, nbytes, self.chunk_bytes, driver.CUdeviceptr(0), 0)
+        )
         self._ranges[address] = nbytes
         return address
 
     def view(self, address: int, num_chunks: int) -> torch.Tensor:
         """torch asks the driver about the first address only: refused if that is not mapped."""
-        array = _DeviceArray(address, num_chunks * self.chunk_bytes, self)
+        array = DeviceArray(address, num_chunks * self.chunk_bytes, self)
         return torch.as_tensor(array, device=self._device)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
         super().close()
         for address, nbytes in self._ranges.items():
-            _call(driver.cuMemAddressFree, driver.CUdeviceptr(address), nbytes)
+            driver_call(driver.cuMemAddressFree, driver.CUdeviceptr(address), nbytes)
         self._ranges.clear()
 
     def _make_mapper(self, library: native.Library | None) -> Mapper:
@@ -81,7 +83,7 @@ class CudaVirtualMemory(ChunkDriver):
             return PythonMapper(_PythonCalls(self._properties, self._access, *self._limits))
         cuda = native.CudaFunctions(
             **{name: _address(function) for name, function in _FUNCTIONS.items()},
-            context=int(_call(driver.cuCtxGetCurrent)),
+            context=int(driver_call(driver.cuCtxGetCurrent)),
             properties=self._properties.getPtr(),
             access=self._access.getPtr(),
             chunk_bytes=self._limits[0],
@@ -182,10 +184,10 @@ def _address(function: str) -> int:
     return ctypes.cast(getattr(ctypes.CDLL("libcuda.so.1"), function), ctypes.c_void_p).value or 0
 
 
-class _DeviceArray:
+class DeviceArray:
     """Raw device memory in the form that torch accepts from other libraries; a tensor keeps its owner."""
 
-    def __init__(self, address: int, nbytes: int, owner: CudaVirtualMemory) -> None:
+    def __init__(self, address: int, nbytes: int, owner: object) -> None:
         self._owner = owner
         self.__cuda_array_interface__ = {
             "shape": (nbytes,),
@@ -196,7 +198,8 @@ class _DeviceArray:
         }
 
 
-def _call(function: Any, *arguments: Any) -> Any:
+def driver_call(function: Any, *arguments: Any) -> Any:
+    """The results of a function of the CUDA driver. Raises DriverError."""
     error, *values = function(*arguments)
     if error != driver.CUresult.CUDA_SUCCESS:
         raise DriverError(function.__name__, error.name)

@@ -79,7 +79,7 @@ def _download(hub_id: str) -> Path:
 
 
 class DummyCheckpoint:
-    """Random weights, the same for the same seed, device and type; norms are one."""
+    """Random weights that bfloat16 holds, the same for the same seed and device; norms are one."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._generator = torch.Generator(device).manual_seed(seed)
@@ -89,9 +89,13 @@ class DummyCheckpoint:
             out.fill_(1.0)
             return
         # A part is drawn as a part of the whole, so that the ranks of a group have one model.
-        whole = out if span is None else out.new_empty(_whole_shape(out, span, dim))
+        # In one type, whatever the model's: half precision can be compared with float32 of the same weights.
+        shape = out.shape if span is None else _whole_shape(out, span, dim)
+        whole = torch.empty(shape, dtype=torch.bfloat16, device=out.device)
         whole.normal_(0.0, _DUMMY_STD, generator=self._generator)
-        if span is not None:
+        if span is None:
+            out.copy_(whole)
+        else:
             _put(whole.narrow(dim, min(span.begin, span.whole), span.count), out, span, dim)
 
     def close(self) -> None:

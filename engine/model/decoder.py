@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from engine.model.rank_group import RankGroup
 from engine.model.rope import rope_tables
 from engine.model.shard import Shard
+from engine.model.sums import Place, Summing
 from engine.model.weights import LayerWeights, Weights
 from kernels.backend import Kernels
+
+if TYPE_CHECKING:
+    from engine.model.peers import Peers
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Decoder:
         kernels: the implementation for that device.
         max_positions: positions to prepare rotations for; None is the model's own limit.
         ranks: those that have the rest of the model.
+        peers: memory of theirs, where the GPUs reach one another.
 
     Attributes:
         config: the architecture of the share.
@@ -108,10 +113,12 @@ class Decoder:
         kernels: Kernels,
         max_positions: int | None = None,
         ranks: RankGroup | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.config = config = shard.local
         self._tokens = shard.tokens
         self._ranks = ranks
+        self._summing = Summing(kernels, config.rms_norm_eps, ranks, peers)
         self._weights = weights
         self._kernels = kernels
         self._scale = config.head_dim**-0.5
@@ -141,12 +148,12 @@ class Decoder:
             Logits (rows, vocab) in the model's type, in the order of `sample_indices`. They lie in
             `buffers` and hold until the next pass.
         """
-        kernels, eps = self._kernels, self.config.rms_norm_eps
         views = self._views(buffers)
+        hidden, residual, sums = views.hidden, views.residual, self._summing.of(views.hidden.shape[0])
         if batch.num_decodes:
-            kernels.decode_plan(kv_layers[0], batch.decode_context_lens, views.workspace)
-        self._embed(batch.input_ids, views.residual)
-        kernels.rms_norm(views.residual, self._first_norm, eps, out=views.hidden)
+            self._kernels.decode_plan(kv_layers[0], batch.decode_context_lens, views.workspace)
+        self._embed(batch.input_ids, residual)
+        sums.add(Place.EMBEDDING, hidden, residual, self._first_norm)
         stack = zip(self._weights.layers, kv_layers, self._next_norms, strict=True)
         for number, (layer, kv, next_norm) in enumerate(stack):
             if hook is not None:
@@ -154,14 +161,15 @@ class Decoder:
             self._attend(layer, batch, kv, views)
             if hook is not None:
                 hook.after(number)
-            kernels.add_rms_norm(views.hidden, views.residual, layer.mlp_norm, eps, out=views.hidden)
-            layer.gate_up(views.hidden, views.gate_up)
-            kernels.silu_and_mul(views.gate_up, out=views.activated)
-            self._sum(layer.down(views.activated, views.hidden))
-            kernels.add_rms_norm(views.hidden, views.residual, next_norm, eps, out=views.hidden)
-        sampled = views.hidden
+            layer.output(views.attention, hidden)
+            sums.add(Place.ATTENTION, hidden, residual, layer.mlp_norm)
+            layer.gate_up(hidden, views.gate_up)
+            self._kernels.silu_and_mul(views.gate_up, out=views.activated)
+            layer.down(views.activated, hidden)
+            sums.add(Place.MLP, hidden, residual, next_norm)
+        sampled = hidden
         if batch.sample_indices is not None:
-            sampled = torch.index_select(views.hidden, 0, batch.sample_indices, out=buffers["sampled_hidden"])
+            sampled = torch.index_select(hidden, 0, batch.sample_indices, out=buffers["sampled_hidden"])
         if self._ranks is None:
             return self._weights.lm_head(sampled, buffers["logits"])
         self._weights.lm_head(sampled, buffers["logits_part"])
@@ -175,11 +183,7 @@ class Decoder:
         ids = input_ids - self._tokens.begin
         is_known = (ids >= 0) & (ids < self._tokens.count)
         torch.index_select(self._weights.embedding, 0, ids * is_known, out=out)
-        self._sum(out.mul_(is_known.unsqueeze(1)))
-
-    def _sum(self, out: torch.Tensor) -> None:
-        if self._ranks is not None:
-            self._ranks.sum(out)
+        out.mul_(is_known.unsqueeze(1))
 
     def _join(self, ranks: RankGroup, buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The logits of all tokens from those of each rank's."""
@@ -234,7 +238,6 @@ class Decoder:
                 self._scale,
                 out=out[split:],
             )
-        self._sum(layer.output(views.attention, views.hidden))
 
     def _views(self, buffers: Mapping[str, torch.Tensor]) -> _Views:
         config = self.config

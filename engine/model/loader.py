@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from engine.model.rank_group import RankGroup
 from engine.model.shard import Shard
 from engine.model.weights import load_weights
 from kernels.backend import Kernels, for_device
+
+if TYPE_CHECKING:
+    from engine.model.peers import Peers
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +81,17 @@ def facts_on(device: torch.device, config: EngineConfig, rank: int = 0) -> Model
 
 
 def load_model(
-    config: EngineConfig, facts: ModelFacts | None = None, ranks: RankGroup | None = None
+    config: EngineConfig,
+    facts: ModelFacts | None = None,
+    ranks: RankGroup | None = None,
+    peers: Peers | None = None,
 ) -> LoadedModel:
     """Load the model an engine is configured for.
 
     Args:
         facts: what `read_model` found; None reads them here.
         ranks: the other ranks of the TP group, if there are any.
+        peers: their memory, where the GPUs reach one another.
 
     Raises:
         ModelLoadError: the model cannot be loaded from its source.
@@ -91,7 +99,7 @@ def load_model(
     """
     facts = facts or read_model(config)
     weights = load_weights(config.model, facts.shard, facts.device, facts.dtype)
-    decoder = Decoder(facts.shard, weights, facts.kernels, facts.max_positions, ranks)
+    decoder = Decoder(facts.shard, weights, facts.kernels, facts.max_positions, ranks, peers)
     return LoadedModel(facts, decoder, weights.num_bytes)
 
 

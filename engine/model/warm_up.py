@@ -41,6 +41,7 @@ def works(facts: ModelFacts, geometry: KvGeometry) -> list[Callable[[], None]]:
         lambda: _run_small(facts, tensors),
         lambda: _run_products(facts),
         lambda: _run_sampler(facts),
+        lambda: _run_sums(facts, tensors),
     ]
 
 
@@ -96,6 +97,25 @@ def _run_small(facts: ModelFacts, t: _Tensors) -> None:
     kernels.rms_norm(t.hidden, t.norm, eps, out=t.hidden)
     kernels.add_rms_norm(t.hidden, t.residual, t.norm, eps, out=t.hidden)
     kernels.silu_and_mul(t.gate_up, out=t.activated)
+
+
+@torch.inference_mode()
+def _run_sums(facts: ModelFacts, t: _Tensors) -> None:
+    """What the other ranks would have written is there: zeros."""
+    shard = facts.shard
+    if shard.size == 1:
+        return
+    from kernels.peer_sum import PeerRoom, sum_add_rms_norm  # imports Triton
+
+    memory = torch.zeros(shard.size, *t.hidden.shape, dtype=facts.dtype, device=facts.device)
+    addresses = torch.full((shard.size,), memory.data_ptr(), dtype=torch.int64, device=facts.device)
+    rows, width = t.hidden.shape
+    room = PeerRoom(addresses, rows, width, facts.dtype, shard.rank, shard.size)
+    for has_residual in (False, True):
+        memory.zero_()
+        sum_add_rms_norm(
+            room, t.hidden, t.residual, t.norm, facts.config.rms_norm_eps, t.hidden, has_residual
+        )
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """How fast KV goes from one balloon to another, and how soon a request that moved goes on.
 
 Both engines are in one process, so the figures are those of the transports and the protocol; the calls of
-actors and of the ingress come on top. Run: `python -m tests.bench.migration [--model PATH]`, for a CPU.
+actors and of the ingress come on top. Run: `python -m tests.bench.migration [--model PATH]`, for a CPU, or
+with `--gpu`: two engines of Llama-3.1-8B's shape on one GPU, and requests of a GiB.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import mmap
 import random
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ from engine.memory.kv_stream import KvStreams
 from engine.messages import GenerateRequest, SamplingParams, TokenDelta
 from engine.migration import Migrated
 from engine.migrator import Migrator
+from tests.bench.machine import machine
+from tests.bench.models import write_llama_8b
 
 _DEMO = Path.home() / ".cache/ballonet/SmolLM2-135M-Instruct.Q4_1.gguf"
 _PATIENCE_S = 120.0
@@ -70,15 +74,35 @@ class _Said:
             self.first_s.setdefault(delta.request_id, time.perf_counter())
 
 
-def _engine(path: Path, said: _Said) -> Engine:
-    config = EngineConfig(
+def _on_a_cpu(path: Path) -> EngineConfig:
+    return EngineConfig(
         ModelSource("demo", str(path), dtype="float32"),
         MemoryConfig(pool_bytes=56 * MIB, balloon_bytes=256 * MIB, balloon_slab_bytes=256 * MIB),
         SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, turn_tokens=8, min_retained_chunks=0),
         SloConfig(ttft_ms=2000, tpot_ms=1000),
         max_model_len=1024,
     )
-    return build_engine(config, said.take)
+
+
+def _on_a_gpu(folder: Path) -> EngineConfig:
+    return EngineConfig(
+        ModelSource("llama-8b", str(write_llama_8b(folder)), load_format="dummy"),
+        MemoryConfig(pool_bytes=4096 * MIB, balloon_bytes=12_288 * MIB),
+        SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=4096),
+        SloConfig(ttft_ms=2000, tpot_ms=150),
+        device="cuda",
+        max_model_len=16_384,
+    )
+
+
+def _engine(config: EngineConfig, said: _Said) -> Engine:
+    engine = build_engine(config, said.take)
+    give_up = time.perf_counter() + _PATIENCE_S
+    while (memory := engine.snapshot.memory).balloon_physical < memory.balloon_limit:
+        assert time.perf_counter() < give_up, memory
+        engine.step()
+        time.sleep(0.01)
+    return engine
 
 
 async def _move(source: Engine, target: Engine, said: _Said) -> tuple[float, float, int]:
@@ -103,16 +127,18 @@ async def _move(source: Engine, target: Engine, said: _Said) -> tuple[float, flo
     return result.seconds, said.first_s[name] - started, result.num_bytes
 
 
-def first_tokens(path: Path, rounds: int) -> list[tuple[float, float, int]]:
+def first_tokens(
+    config: EngineConfig, requests: int, prompt_tokens: int, rounds: int
+) -> list[tuple[float, float, int]]:
     """Requests that move out of a crowded engine into an idle one, one after another."""
     said = [_Said(), _Said()]
-    engines = [_engine(path, one) for one in said]
+    engines = [_engine(config, one) for one in said]
     stop = threading.Event()
     threads = [threading.Thread(target=one.run_until, args=(stop,)) for one in engines]
     for thread in threads:
         thread.start()
-    for at in range(5):
-        prompt = tuple(random.Random(at).choices(range(1000, 40_000), k=200))
+    for at in range(requests):
+        prompt = tuple(random.Random(at).choices(range(1000, 40_000), k=prompt_tokens))
         sampling = SamplingParams(max_tokens=500, temperature=0.0, ignore_eos=True)
         engines[0].submit(GenerateRequest(f"r{at}", prompt, sampling, unpaced=True))
     try:
@@ -126,6 +152,7 @@ def first_tokens(path: Path, rounds: int) -> list[tuple[float, float, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=_DEMO)
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     found: dict[str, float] = {}
@@ -139,11 +166,13 @@ def main() -> None:
             found[f"{name}, {chunk_bytes >> 10} KiB, GiB/s"] = statistics.median(some) / 2**30
     print(json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
     found.clear()
-    moves = first_tokens(options.model, options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        config = _on_a_gpu(Path(folder)) if options.gpu else _on_a_cpu(options.model)
+        moves = first_tokens(config, *((12, 8000) if options.gpu else (5, 200)), options.rounds)
     found["order to let go, ms"] = statistics.median(one[0] for one in moves) * 1e3
     found["order to first token, ms"] = statistics.median(one[1] for one in moves) * 1e3
     found["MiB a request"] = statistics.median(one[2] for one in moves) / 2**20
-    print(json.dumps({name: round(value, 3) for name, value in found.items()}))
+    print(json.dumps({name: round(value, 3) for name, value in found.items()} | machine()))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.bench import report
 from cluster.bench.summary import Record, summarise
@@ -29,7 +29,8 @@ from cluster.policy import Decision, PolicyConfig, State, decide, recovered
 from cluster.reports import GroupReport
 from engine.calibration import StepRates
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig, SloConfig
-from engine.control import HostSnapshot
+from engine.control import HostSnapshot, Order
+from engine.messages import EngineSnapshot
 from tests.bench.in_process import BallonetStepper, EngineStepper, Load
 from tests.bench.step_watch import StepWatch
 from tests.simulation.world import GIB, H100_8B, SimulatedEngine
@@ -128,25 +129,59 @@ class Party:
             due_s = self._load.due[0][0] if self._load.due else math.inf
             self._sleep(max(0.0, min(due_s, until_s) - self.now_s))
 
+    @property
+    def snapshot(self) -> EngineSnapshot:
+        """Of the engine."""
+        return self.engine.engine.snapshot
+
+    def apply(self, order: Order) -> object:
+        """Have the engine follow an order."""
+        return self.engine.engine.apply(order)
+
     def records(self) -> list[Record]:
+        """What became of each request."""
         return self._load.driven(self.now_s, self._watch).records
 
 
-class Steering:
-    """The controller's policy over engines in this process; off if it has no policy."""
+class Governed(Protocol):
+    """What orders are for."""
 
-    def __init__(self, parties: Sequence[Party], host_bytes: int, slo_s: float, config: PolicyConfig | None):
+    name: str
+
+    @property
+    def snapshot(self) -> EngineSnapshot:
+        """Of its engine."""
+
+    def apply(self, order: Order) -> object:
+        """Have an order followed."""
+
+
+class Steering:
+    """The controller's policy over engines; off if it has no policy.
+
+    Args:
+        state: that it begins with; None is recovered from what the engines say.
+    """
+
+    def __init__(
+        self,
+        parties: Sequence[Governed],
+        host_bytes: int,
+        slo_s: float,
+        config: PolicyConfig | None,
+        state: State | None = None,
+    ) -> None:
         self._parties = parties
         self._host_bytes = host_bytes
         self._slo_s = slo_s
         self._config = config and replace(config, host_memory_bytes=host_bytes)
-        self._state: State | None = None
+        self._state = state
         self.history: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
         self.decisions: list[Decision] = []
 
     def tick(self, now_s: float) -> None:
         """Look, decide, and have orders left in the engines' inboxes."""
-        memories = [party.engine.snapshot.memory for party in self._parties]
+        memories = [party.snapshot.memory for party in self._parties]
         limits = tuple(memory.balloon_limit * memory.chunk_bytes for memory in memories)
         held = tuple(memory.balloon_physical * memory.chunk_bytes for memory in memories)
         self.history.append((now_s, limits, held))
@@ -154,9 +189,7 @@ class Steering:
             return
         host = HostSnapshot("node", self._host_bytes, self._host_bytes)
         reports = [
-            GroupReport(
-                party.name, party.name, 1, self._slo_s, replace(party.engine.engine.snapshot, host=host)
-            )
+            GroupReport(party.name, party.name, 1, self._slo_s, replace(party.snapshot, host=host))
             for party in self._parties
         ]
         state = self._state or recovered(reports, self._config, now_s)
@@ -164,7 +197,7 @@ class Steering:
         self.decisions.append(decision)
         for instruction in decision.instructions:
             party = next(one for one in self._parties if one.name == instruction.group_id)
-            party.engine.engine.apply(instruction.order)
+            party.apply(instruction.order)
 
 
 def drive_together(

@@ -78,7 +78,8 @@ def port() -> int:
 
 @pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
-    os.environ["PYTHONPATH"] = str(ROOT)  # the workers', when the package is not installed
+    given = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{ROOT}:{given}" if given else str(ROOT)  # the workers', if not installed
     launch.wait_for_slow_proxies()
     ray.init(
         "local",

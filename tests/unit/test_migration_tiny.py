@@ -5,19 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from engine.build import build_engine
 from engine.config import EngineConfig, MemoryConfig, ModelSource, SchedulerConfig, SloConfig
-from engine.core import Engine
-from engine.memory.pool import MemoryPool
 from engine.messages import GenerateRequest, SamplingParams
 from engine.migration import Declined
 from tests.fakes import Collected, FakeClock
-from tests.unit.migration_cases import eventually, move, offer_of
+from tests.unit.migration_cases import Side, eventually, move, offer_of
 from tests.unit.model_cases import save_tiny
 from tests.unit.tp_cases import ThreadGroup, followers_in_threads
 
@@ -45,23 +42,6 @@ REQUESTS = [
     )
     for at in range(6)
 ]
-
-
-@dataclass
-class Side:
-    """One engine, and what it said. The shape of `tests.fakes.Bench` where requests are moved."""
-
-    engine: Engine
-    deltas: Collected
-
-    @property
-    def pool(self) -> MemoryPool:
-        return self.engine._pool
-
-    def run(self) -> None:
-        while self.engine.step():
-            pass
-        self.pool.check()
 
 
 def config(directory: Path, size: int, pool_kib: int) -> EngineConfig:
@@ -123,7 +103,7 @@ def test_answers_do_not_depend_on_where_they_were_given(
     with engines(tiny, size, pool_kib) as (source, target):
         for request in REQUESTS:
             source.engine.submit(request)
-        moved = [move(source, target) for _ in range(3)]  # type: ignore[arg-type]
+        moved = [move(source, target) for _ in range(3)]
         before = {name: source.deltas[name].token_ids for name in moved}
         source.run()
         target.run()
@@ -139,7 +119,7 @@ def test_a_group_of_another_size_is_refused(tiny: Path) -> None:
     with engines(tiny, 2, 100, count=1) as (other,), engines(tiny, 1, 160, count=1) as (source,):
         for request in REQUESTS:
             source.engine.submit(request)
-        offer = offer_of(source)  # type: ignore[arg-type]
+        offer = offer_of(source)
         answer = other.engine.migrations.prepare(offer)
         assert answer == Declined("refused", "num_ranks is 1 there and 2 here")
         source.engine.migrations.stay(offer.migration_id)
