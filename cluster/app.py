@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from cluster.config import LLMConfig, ServingArgs, to_engine_config, validate
+from cluster.config_sharing import balloon_share
 from cluster.controller import ControllerReplica
 from cluster.gpu_needs import device_of
 from cluster.group import TpGroup
@@ -37,7 +38,6 @@ _LIGHT = 0.1
 _CPU_RANK = {"CPU": 0.5}
 _GPU_RANK = {"CPU": 1.0, "GPU": 1.0}
 _STATS_PERIOD_S = 0.5
-_LARGEST_SHARE = 0.5  # of a node's host memory, for one balloon that nobody has spoken to
 _BURST = 64
 _HEALTH_PERIOD_S = 2.0  # how soon an ingress or the controller is missed; Serve's 10 s leave clients waiting
 _CONTROL_CALLS = 64  # health checks and snapshots that an engine answers beside its requests
@@ -101,14 +101,9 @@ def deployment_name(model_id: str) -> str:
 
 
 def _balloon_share(args: ServingArgs) -> float:
-    """Of a node's host memory, for each engine's balloon until the controller has spoken: an equal part for
-    as many engines as may come to one node. Engines start one after another, and each takes its part of what
-    the others have left.
-    """
     gpus = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
-    gpus /= min(llm.device_share for llm in args.llm_configs)  # engines may share one
     most = sum(llm.most_ranks for llm in args.llm_configs)
-    return min(_LARGEST_SHARE, 1 / max(1.0, min(most, gpus) if gpus else most))
+    return balloon_share(most, gpus, min(llm.device_share for llm in args.llm_configs))
 
 
 def _group(

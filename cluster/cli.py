@@ -23,6 +23,7 @@ from cluster import cli_render, config, ray_service_check
 from cluster.bench import command
 from cluster.bench.workload import OptionError
 from cluster.client import Client, ClientError
+from cluster.planner import command as planning
 from cluster.serve_settings import prefer_fast_front
 from engine.errors import BallonetError
 from engine.messages import EngineSnapshot
@@ -149,6 +150,14 @@ def bench(**options: Any) -> None:
     """The options and their help are `cluster.bench.command`'s."""
     with _errors_end_it():
         raise typer.Exit(command.bench(**options))
+
+
+@app.command()
+@functools.wraps(planning.simulate)
+def simulate(**options: Any) -> None:
+    """The options and their help are `cluster.planner.command`'s."""
+    with _errors_end_it():
+        raise typer.Exit(planning.simulate(**options))
 
 
 @app.command()

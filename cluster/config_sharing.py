@@ -1,10 +1,11 @@
-"""Which part of a device a model's engines have, and what cannot be: values in, ValueError out."""
+"""Which part of a device and its host an engine has, and what cannot be: values in, ValueError out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _ROUNDING = 1e-9
+_LARGEST_BALLOON = 0.5  # of a node's host memory, for one balloon that nobody has spoken to
 
 
 def device_share(share: float | None, reserved_gpu: float | None) -> float:
@@ -17,6 +18,20 @@ def device_share(share: float | None, reserved_gpu: float | None) -> float:
     if share is not None:
         return share
     return reserved_gpu if reserved_gpu is not None and 0 < reserved_gpu < 1 else 1.0
+
+
+def balloon_share(most_ranks: int, gpus_per_node: float, least_share: float) -> float:
+    """Of a node's host memory, for each engine's balloon until the controller has spoken: an equal part for
+    as many engines as may come to one node. Engines start one after another, and each takes its part of what
+    the others have left.
+
+    Args:
+        most_ranks: engines of all models that there may be.
+        gpus_per_node: of the largest node; 0 if there are none.
+        least_share: of a GPU, that an engine has.
+    """
+    there = gpus_per_node / least_share
+    return min(_LARGEST_BALLOON, 1 / max(1.0, min(most_ranks, there) if there else most_ranks))
 
 
 def check_reserved(share: float | None, reserved_gpu: float | None, tensor_parallel_size: int) -> None:

@@ -8,6 +8,7 @@ lever where it is. One that learns of a higher epoch than its own has been repla
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -184,6 +185,10 @@ class ControllerReplica:
     ) -> None:
         models = {model_id: _ServedGroups(handle) for model_id, handle in handles.items()}
         self._controller = Controller(models, tick_s, ControllerMetrics(RayBackend()), policy)
+        # What has been imported lives as long as the process. In one without Ray, full collections were 15 to
+        # 22 ms of the longest decisions over 256 groups, which took 43.
+        gc.collect()
+        gc.freeze()
         self._task = asyncio.create_task(self._controller.run())
 
     async def latest(self) -> ClusterView:

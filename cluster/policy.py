@@ -209,7 +209,8 @@ def _weigh(members: Mapping[str, Outlook], config: PolicyConfig, now: float) -> 
     for group_id, one in members.items():
         weight, since = one.levers.weight, one.pace_late_since
         since = min(since, now) if group_id in late else math.inf
-        one = replace(one, pace_late_since=since)
+        if since != one.pace_late_since:
+            one = replace(one, pace_late_since=since)
         if now - since >= config.patience_s and len(late) < len(members):
             one = one.with_lever(
                 "weight", max(config.least_weight, weight.value / 2), now, config.dwell_s, "pace_late"
@@ -249,6 +250,8 @@ def _orders(groups: Mapping[str, Outlook], state: State) -> tuple[dict[str, Orde
 
 def _changes(group_id: str, before: Mapping[str, Outlook], now: Outlook) -> list[Action]:
     was = before[group_id].levers
+    if now.levers is was and not now.facts.device:
+        return []
     pairs = (
         ("balloon", was.size, now.levers.size),
         ("pool", before[group_id].pool_lever, now.pool_lever),

@@ -118,7 +118,9 @@ def rank_groups(loads: Sequence[GroupLoad], ask: Ask, rng: random.Random) -> lis
     return fresh + stale
 
 
-def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float, door: EngineAddress) -> dict[str, Any]:
+def routing_stats(
+    snapshot: EngineSnapshot, ttft_slo_s: float, door: EngineAddress | None = None
+) -> dict[str, Any]:
     """What a group pushes; the router reads it."""
     memory, order = snapshot.memory, snapshot.order
     # Of live sequences alone: cached prefixes are given up when a request needs their memory.
@@ -134,13 +136,30 @@ def routing_stats(snapshot: EngineSnapshot, ttft_slo_s: float, door: EngineAddre
         "pressure": min(pool, balloon),
         "weight": order.admission_weight if order is not None else 1.0,
         "capacity_tokens": _capacity_tokens(snapshot),
-        "door": (door.address, door.secret.hex()),
+        "door": None if door is None else (door.address, door.secret.hex()),
         "beat_s": snapshot.monotonic_s,  # an idle group's other facts do not change
     }
 
 
+def load_of(stats: Mapping[str, float], queue_len: int, unseen_tokens: int, age_s: float) -> GroupLoad:
+    """What a group has pushed, beside what this router knows of it itself."""
+    num_open = stats.get("num_open")
+    return GroupLoad(
+        queue_len=queue_len,
+        num_open=None if num_open is None else int(num_open),
+        wait_s=stats.get("wait_s", 0.0),
+        oldest_wait_s=stats.get("oldest_wait_s", 0.0),
+        token_s=stats.get("token_s", 0.0),
+        ttft_slo_s=stats.get("ttft_slo_s", 2.0),
+        pressure=stats.get("pressure", 0.0),
+        weight=stats.get("weight", 1.0),
+        unseen_tokens=unseen_tokens,
+        age_s=age_s,
+    )
+
+
 def door_of(stats: Mapping[str, Any]) -> EngineAddress | None:
-    """Where the group's engine takes requests; None while it has told nothing."""
+    """Where the group's engine takes requests past Ray; None if it has not told."""
     if (told := stats.get("door")) is None:
         return None
     address, secret = told

@@ -10,12 +10,12 @@ import asyncio
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
-from cluster.ranking import Ask, GroupLoad, door_of, rank_groups
+from cluster.ranking import Ask, GroupLoad, door_of, load_of, rank_groups
 from cluster.request_courier import Handover
 from engine.messages import GenerateRequest
 from engine.migration import Migrated
@@ -76,25 +76,25 @@ class SentTokens:
     """Prompt tokens that this router has sent to each group lately, and that have to be computed there."""
 
     def __init__(self) -> None:
-        self._sent: dict[ReplicaID, deque[tuple[float, int]]] = {}
+        self._sent: dict[Hashable, deque[tuple[float, int]]] = {}
 
-    def send(self, group: ReplicaID, num_tokens: int, now_s: float) -> None:
+    def send(self, group: Hashable, num_tokens: int, now_s: float) -> None:
         """A request was chosen for a group."""
         self._sent.setdefault(group, deque()).append((now_s, num_tokens))
 
-    def complete(self, group: ReplicaID) -> None:
+    def complete(self, group: Hashable) -> None:
         """A request has ended there: most likely the one that was sent first."""
         if sent := self._sent.get(group):
             sent.popleft()
 
-    def since(self, group: ReplicaID, told_s: float) -> int:
+    def since(self, group: Hashable, told_s: float) -> int:
         """Those that facts which came at that time do not tell of. Forgets the others."""
         sent = self._sent.get(group, deque())
         while sent and sent[0][0] <= told_s - _LAG_S:
             sent.popleft()
         return sum(num_tokens for _, num_tokens in sent)
 
-    def keep_only(self, groups: Iterable[ReplicaID]) -> None:
+    def keep_only(self, groups: Iterable[Hashable]) -> None:
         """Forgets all other groups."""
         self._sent = {group: self._sent[group] for group in groups if group in self._sent}
 
@@ -218,20 +218,12 @@ class SloRouter(FIFOMixin, RequestRouter):
         return Ask(num_tokens, cached, request.ttft_slo_s, home if is_known else None)
 
     def _load(self, replica: RunningReplica, num_in_flight: int, now_s: float) -> GroupLoad:
-        stats = replica.routing_stats
         changed_s = self._changed_s.get(replica.replica_id)
-        num_open = stats.get("num_open")
-        return GroupLoad(
-            queue_len=max(self.replica_queue_len_cache.get(replica.replica_id) or 0, num_in_flight),
-            num_open=None if num_open is None else int(num_open),
-            wait_s=stats.get("wait_s", 0.0),
-            oldest_wait_s=stats.get("oldest_wait_s", 0.0),
-            token_s=stats.get("token_s", 0.0),
-            ttft_slo_s=stats.get("ttft_slo_s", 2.0),
-            pressure=stats.get("pressure", 0.0),
-            weight=stats.get("weight", 1.0),
-            unseen_tokens=self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
-            age_s=float("inf") if changed_s is None else now_s - changed_s,
+        return load_of(
+            replica.routing_stats,
+            max(self.replica_queue_len_cache.get(replica.replica_id) or 0, num_in_flight),
+            self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
+            float("inf") if changed_s is None else now_s - changed_s,
         )
 
 

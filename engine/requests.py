@@ -16,7 +16,7 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise RequestError("the prompt is empty", "prompt")
-    if not all(0 <= token < info.vocab_size for token in prompt):
+    if min(prompt) < 0 or max(prompt) >= info.vocab_size:
         raise RequestError(f"the prompt has a token outside the vocabulary of {info.vocab_size}", "prompt")
     if len(prompt) + sampling.max_tokens > info.max_model_len:
         raise RequestError(

@@ -22,6 +22,7 @@ from engine.memory.copies import Direction, Ticket
 from engine.memory.driver import ChunkDriver
 from engine.memory.mapper import Call, Failure, PythonMapper
 from engine.memory.slabs import Slab
+from engine.memory.vmm import Move, Moved, Outcome
 
 T = TypeVar("T")
 
@@ -225,6 +226,59 @@ class _NullCalls:
 
     def room(self) -> int:
         return sys.maxsize
+
+
+class UncheckedVirtualMemory:
+    """Implements `VirtualMemory` without books or refusals, for hundreds of engines: a handle is a number."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self.chunk_bytes = chunk_bytes
+        self.num_calls = self.num_calls_beside = 0
+        self._end = -(-_BASE // chunk_bytes) * chunk_bytes
+        self._last_handle = 0
+        self._moved: dict[int, list[Moved]] = {}
+
+    def reserve(self, num_chunks: int) -> int:
+        address = self._end
+        self._end += (num_chunks + 1) * self.chunk_bytes
+        return address
+
+    def create(self, count: int) -> list[int]:
+        self.num_calls += count
+        self._last_handle += count
+        return list(range(self._last_handle - count + 1, self._last_handle + 1))
+
+    def map(self, addresses: Sequence[int], handles: Sequence[int]) -> None:
+        self.num_calls += len(handles)
+
+    def unmap(self, addresses: Sequence[int]) -> int:
+        self.num_calls += len(addresses)
+        return len(addresses)
+
+    def release(self, handles: Sequence[int]) -> int:
+        self.num_calls += len(handles)
+        return len(handles)
+
+    def submit(self, moves: Sequence[Move]) -> int:
+        """They are made here and now."""
+        ticket = self._last_handle = self._last_handle + 1
+        self._moved[ticket] = [
+            Moved(self.create(1)[0] if handle is None else handle, Outcome.DONE) for handle, _, _ in moves
+        ]
+        return ticket
+
+    def is_done(self, ticket: int) -> bool:
+        return True
+
+    def collect(self, ticket: int) -> list[Moved]:
+        return self._moved.pop(ticket)
+
+    def view(self, address: int, num_chunks: int) -> torch.Tensor:
+        """A tensor of the right size and type, without content."""
+        return torch.empty(num_chunks * self.chunk_bytes, dtype=torch.uint8, device="meta")
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 def _explain(failure: Failure) -> DriverError:

@@ -26,6 +26,7 @@ _SHAREGPT_TOKENS = (4, 1024, 2048)  # shortest prompt and answer, longest prompt
 _BEYOND_MICROSECONDS = re.compile(r"(\.\d{6})\d+")
 
 CountTokens = Callable[[str], int]
+Reader = Callable[[Path, int], list[PlannedRequest]]
 
 
 def estimate_tokens(text: str) -> int:

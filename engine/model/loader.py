@@ -69,7 +69,11 @@ def read_model(config: EngineConfig, rank: int = 0) -> ModelFacts:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    device = _device(config)
+    return facts_on(_device(config), config, rank)
+
+
+def facts_on(device: torch.device, config: EngineConfig, rank: int = 0) -> ModelFacts:
+    """The same on a device that need not be there. Raises as `read_model`, but for the device."""
     model = load_model_config(config.model)
     dtype = _dtype(config.model, model, device)
     shard = Shard(model, rank, config.tensor_parallel_size)

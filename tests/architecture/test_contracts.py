@@ -24,10 +24,10 @@ def normal(name: str) -> str:
 
 
 def declared(pyproject: dict[str, Any]) -> set[str]:
-    """Names of the runtime dependencies."""
-    return {
-        normal(re.split(r"[^\w.-]", need, maxsplit=1)[0]) for need in pyproject["project"]["dependencies"]
-    }
+    """Names of the runtime dependencies, those of extras for users included."""
+    project = pyproject["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["plan"]]
+    return {normal(re.split(r"[^\w.-]", need, maxsplit=1)[0]) for need in needs}
 
 
 def imported_modules(tree: ast.Module) -> set[str]:

@@ -27,12 +27,13 @@ from cluster.bench.summary import Record, summarise
 from cluster.bench.workload import PlannedRequest, Workload
 from cluster.policy import Decision, PolicyConfig, State, decide, recovered
 from cluster.reports import GroupReport
+from engine.calibration import StepRates
 from engine.config import MIB, EngineConfig, MemoryConfig, ModelSource, SchedulerConfig, SloConfig
 from engine.control import HostSnapshot, Order
 from engine.messages import EngineSnapshot
 from tests.bench.in_process import BallonetStepper, EngineStepper, Load
 from tests.bench.step_watch import StepWatch
-from tests.simulation.world import GIB, Device, SimulatedEngine
+from tests.simulation.world import GIB, H100_8B, SimulatedEngine
 
 TICK_S = 1.0
 
@@ -236,7 +237,11 @@ class InTurn:
 # Llama-3.1-8B in bf16 on an A10G of 24 GB: 16 GB of weights at 600 GB/s beside 1.3 ms of launches, 70 TFLOP/s
 # in matrix products and 60 in attention, 12 GiB/s to the host (data sheet, less a third). Few of its steps
 # make a second, so that three minutes are simulated in ten seconds.
-A10G_8B = Device(28e-3, 16.1e9 / 70e12, 131072 / 0.55e12, 524288 / 60e12, 12 * GIB)
+A10G_8B = replace(
+    H100_8B,
+    steps=StepRates(28e-3, 16.1e9 / 70e12, 131072 / 0.55e12, 524288 / 60e12),
+    link_bytes_s=12 * GIB,
+)
 # A burst of 110 requests needs 13 GiB of KV, of which the device has 1.5. It is served in three minutes.
 SIMULATED = Swing(2, 180.0, 20.0, 5.5, 0.02, 600, 512, 8 * GIB, 3 * GIB // 2, 3.0, 0.4)
 

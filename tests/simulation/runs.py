@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.bench.workload import Workload
+from engine.calibration import Calibration
 from engine.config import EngineConfig, ModelSource, SchedulerConfig
 from tests.bench.engine_options import EngineOptions
 from tests.bench.in_process import Driven, drive
 from tests.bench.promises import figures_of, summary_of
-from tests.simulation.world import GIB, H100_8B, Device, SimulatedEngine
+from tests.simulation.world import GIB, H100_8B, SimulatedEngine
 
 POOL_GIB = 61.7  # of an H100 beside Llama-3.1-8B
 BALLOON_GIB = 60.0  # about half of a host of 128 GiB, which is the engine's default on a GPU
@@ -35,7 +36,7 @@ class Run:
 def simulated_engine(
     options: EngineOptions,
     max_model_len: int = 131_072,
-    device: Device = H100_8B,
+    device: Calibration = H100_8B,
     priority_of: Callable[[str], int] = lambda request_id: 0,
 ) -> SimulatedEngine:
     """The engine that `options` make of the benchmarks' configuration for Llama-3.1-8B on one H100."""
@@ -58,7 +59,7 @@ def simulate(
     options: EngineOptions,
     workload: Workload,
     submit_for_s: float = math.inf,
-    device: Device = H100_8B,
+    device: Calibration = H100_8B,
     priority_of: Callable[[str], int] = lambda request_id: 0,
 ) -> Run:
     """Run a workload to its end, in virtual time.
