@@ -11,12 +11,14 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 
 from cluster.config import LLMConfig, ServingArgs, to_engine_config, validate
 from cluster.config_sharing import balloon_share
@@ -26,6 +28,7 @@ from cluster.group import TpGroup
 from cluster.ingress import IngressConfig, create_app
 from cluster.metrics import IngressMetrics, RayBackend
 from cluster.request_courier import RequestCourier
+from cluster.router import begin_early
 from cluster.served_model import GroupsOfModel
 from cluster.token_inbox import TokenInbox
 from cluster.tokenizer import Tokenizer
@@ -160,17 +163,18 @@ def _asgi_builder(served: tuple[_Served, ...], args: ServingArgs) -> Callable[[]
 
     def build_asgi_app() -> FastAPI:
         inbox, courier = TokenInbox(ray.util.get_node_ip_address()), RequestCourier()
-        models = {
-            model.model_id: GroupsOfModel(
+        models = {}
+        for model in served:
+            handle: DeploymentHandle[Any] = serve.get_deployment_handle(model.deployment)
+            models[model.model_id] = GroupsOfModel(
                 model.model_id,
                 model.created,
                 Tokenizer.load(model.tokenizer_source),
-                serve.get_deployment_handle(model.deployment),
+                handle,
                 inbox,
                 courier,
+                partial(begin_early, handle.app_name, handle.deployment_name),
             )
-            for model in served
-        }
         return create_app(models, config, IngressMetrics(RayBackend()))
 
     return build_asgi_app

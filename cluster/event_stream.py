@@ -50,7 +50,11 @@ class EventStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self._send_all(send))
+            # At once: the watch over the client costs a turn of the event loop, and can wait.
+            start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            await send(start)
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            await until_disconnect(receive, self._send_rest(send))
         except (ClientDisconnectedError, OSError):
             return  # OSError is how some servers tell that the client has left
         finally:
@@ -60,10 +64,8 @@ class EventStreamResponse(Response):
         """Close the events: for an answer that nobody is going to send."""
         await self._events.aclose()
 
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def _send_rest(self, send: Send) -> None:
         try:
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
             async with asyncio.timeout_at(self._deadline_s):
                 async for event in self._events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -95,8 +97,7 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnectedError("the client left before its answer was ready")
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
+        watch.cancel()  # and not waited for: its end is nobody's business, and the first token would wait
     except BaseException:
         task.cancel()
         watch.cancel()

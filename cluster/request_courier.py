@@ -8,7 +8,7 @@ was begun is taken back; unless its client has read of it: then it stays, the on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import zmq
@@ -120,6 +120,7 @@ class Handover:
 
     Attributes:
         was_begun: an engine may have had it.
+        is_under_way: it has been sent to one, and not been taken back.
     """
 
     def __init__(
@@ -137,7 +138,12 @@ class Handover:
         self._loop = asyncio.get_running_loop()
         self._way: _Way | None = None
         self._number = 0
-        self._is_closed = self._is_kept = False
+        self._is_closed = self._is_kept = self._has_paused = False
+        self._early: tuple[Hashable, asyncio.Future[Any]] | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._way is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
         reply_to = self._stream.reply_to
@@ -147,11 +153,28 @@ class Handover:
         """The group behind that door gets the call."""
         self._call(self._send_to, door)
 
-    async def pause(self) -> None:
-        """Where the request was sent to its group, let the first token pass before the call is made. For a
-        router in this event loop; another one's work is in nobody's way.
+    def chosen_early(self, group: Hashable, choice: asyncio.Future[Any]) -> None:
+        """A group was chosen, and has the request, before Serve was asked.
+
+        Args:
+            choice: cancelled when Serve is told of the group, or never will be.
         """
-        if self._way is not None and asyncio.get_running_loop() is self._loop:
+        self._early = group, choice
+
+    def take_early(self) -> Hashable | None:
+        """That group, once."""
+        if self._early is None:
+            return None
+        (group, choice), self._early = self._early, None
+        choice.cancel()
+        return group
+
+    async def pause(self) -> None:
+        """Where the request was sent to its group, let the first token pass before the call is made; once.
+        For a router in this event loop; another one's work is in nobody's way.
+        """
+        if self.is_under_way and not self._has_paused and asyncio.get_running_loop() is self._loop:
+            self._has_paused = True
             await self._stream.begun(_FIRST_TOKEN_S)
             await asyncio.sleep(_TO_CLIENT_S)
 
@@ -162,6 +185,8 @@ class Handover:
     def close(self, has_ended: bool = False) -> None:
         """Nobody reads any more, whether or not the request has ended."""
         self._is_closed = True
+        if not has_ended:
+            self.take_early()
         if self._way is not None:
             self._way.on_loss.pop(self._request.request_id, None)
             if not has_ended:

@@ -11,6 +11,8 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -99,6 +101,25 @@ class SentTokens:
         self._sent = {group: self._sent[group] for group in groups if group in self._sent}
 
 
+class _Choice(NamedTuple):
+    """Groups in the order of a ranking, and what it was made from.
+
+    Attributes:
+        ranked: indices, the best first.
+        names, loads: of all groups.
+    """
+
+    ranked: list[int]
+    names: list[ReplicaID]
+    loads: list[GroupLoad]
+    chain: list[bytes]
+    ask: Ask
+
+
+# Of this process, by application and deployment.
+_routers: WeakValueDictionary[tuple[str, str], SloRouter] = WeakValueDictionary()
+
+
 class SloRouter(FIFOMixin, RequestRouter):
     """Ray Serve's plug for `rank_groups`. Each request gets the group that was chosen for it."""
 
@@ -113,6 +134,8 @@ class SloRouter(FIFOMixin, RequestRouter):
         self._sent_tokens = SentTokens()
         self._changed_s: dict[ReplicaID, float] = {}
         self._last_stats: dict[ReplicaID, object] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None  # Serve's, for this router
+        _routers[self._deployment_id.app_name, self._deployment_id.name] = self
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Notes when each group's facts changed, on this process' clock: clocks of nodes differ."""
@@ -138,25 +161,59 @@ class SloRouter(FIFOMixin, RequestRouter):
         if pending_request is not None:
             # Else Serve asks again without a pause while every group is full.
             pending_request.routing_context.should_backoff = True
+            if early := _take_early(pending_request, candidate_replicas):
+                self._in_flight.choose(pending_request.future, early.replica_id, self._clock())
+                return [[early]]
             _recall_refused(pending_request)
-        now = self._clock()
+        now, self._loop = self._clock(), asyncio.get_running_loop()
         home = _home_of(pending_request, candidate_replicas)
         if home is not None and pending_request is not None:
             self._in_flight.choose(pending_request.future, home.replica_id, now)
             return [[home]]
+        choice = self._rank(_request_of(pending_request), candidate_replicas, now)
+        if choice.ranked and pending_request is not None:
+            self._chosen(choice, pending_request.future, now)
+        return [[candidate_replicas[index]] for index in choice.ranked]
+
+    def begin_early(self, request: GenerateRequest, handover: Handover) -> bool:
+        """Choose a group without asking Serve, and have it begin: the call, which goes to the same one, may
+        come later. False, and nothing has happened, unless one with room is reached.
+        """
+        if self._loop is not asyncio.get_running_loop():
+            return False  # it is another one's, or has never been asked for a group
+        candidates, now = list(self.curr_replicas.values()), self._clock()
+        choice = self._rank(request, candidates, now)
+        if not choice.ranked:
+            return False
+        best = candidates[choice.ranked[0]]
+        door = door_of(best.routing_stats)
+        if door is None or choice.loads[choice.ranked[0]].queue_len >= best.max_ongoing_requests:
+            return False
+        handover.send_to(door)
+        if not handover.is_under_way:
+            return False
+        early: asyncio.Future[RunningReplica] = self._loop.create_future()
+        self._chosen(choice, early, now)
+        handover.chosen_early(best.replica_id, early)
+        return True
+
+    def _rank(
+        self, request: GenerateRequest | None, candidates: Sequence[RunningReplica], now: float
+    ) -> _Choice:
         counts = self._in_flight.counts(now)
-        loads = [self._load(replica, counts[replica.replica_id], now) for replica in candidate_replicas]
-        names = [replica.replica_id for replica in candidate_replicas]
-        request = _request_of(pending_request)
+        loads = [self._load(replica, counts[replica.replica_id], now) for replica in candidates]
+        names = [replica.replica_id for replica in candidates]
         chain = chain_of(request.prompt_token_ids, request.cache_salt) if request is not None else []
         ask = self._ask(request, chain, names)
-        ranked = rank_groups(loads, ask, self._rng)
-        if ranked and pending_request is not None:
-            best = names[ranked[0]]
-            self._in_flight.choose(pending_request.future, best, now)
-            self._record.sent(best, chain)
-            self._sent_tokens.send(best, ask.prompt_tokens - ask.cached_tokens[ranked[0]], now)
-        return [[candidate_replicas[index]] for index in ranked]
+        return _Choice(rank_groups(loads, ask, self._rng), names, loads, chain, ask)
+
+    def _chosen(self, choice: _Choice, request: asyncio.Future[RunningReplica], now: float) -> None:
+        """Count a request at the group that came first."""
+        first = choice.ranked[0]
+        best, ask = choice.names[first], choice.ask
+        self._in_flight.choose(request, best, now)
+        self._record.sent(best, choice.chain)
+        self._sent_tokens.send(best, ask.prompt_tokens - ask.cached_tokens[first], now)
 
     def _get_pending_request_matching_metadata(
         self, request_metadata: object = None
@@ -225,6 +282,19 @@ class SloRouter(FIFOMixin, RequestRouter):
             self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
             float("inf") if changed_s is None else now_s - changed_s,
         )
+
+
+def begin_early(application: str, deployment: str, request: GenerateRequest, handover: Handover) -> bool:
+    """See `SloRouter.begin_early`, of this process' router for that deployment."""
+    router = _routers.get((application, deployment))
+    return router is not None and router.begin_early(request, handover)
+
+
+def _take_early(pending: PendingRequest, candidates: Sequence[RunningReplica]) -> RunningReplica | None:
+    """The group that has the request already; None if there is none, or if it is gone."""
+    handover = _handover_of(pending)
+    group = None if handover is None else handover.take_early()
+    return next((one for one in candidates if one.replica_id == group), None)
 
 
 def _recall_refused(pending: PendingRequest) -> None:

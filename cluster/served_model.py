@@ -42,11 +42,12 @@ class GroupsOfModel:
         tokenizer: loaded, so that no request waits for it and its faults show at start.
         handle: of the model's TpGroup deployment.
         inbox, courier: of this process.
+        begin_early: see `cluster.router.begin_early`.
         last_delta_s: how long after the end of a call its last delta may come.
         no_group_s: how long a request waits where no group is up.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - parts of the process, and how long to wait
         self,
         model_id: str,
         created: int,
@@ -54,6 +55,7 @@ class GroupsOfModel:
         handle: DeploymentHandle[Any],
         inbox: TokenInbox,
         courier: RequestCourier,
+        begin_early: Callable[[GenerateRequest, Handover], bool] = lambda request, handover: False,
         last_delta_s: float = LAST_DELTA_S,
         no_group_s: float = NO_GROUP_S,
     ) -> None:
@@ -65,6 +67,7 @@ class GroupsOfModel:
         self._attend = handle.options(method_name="attend")
         self._inbox = inbox
         self._courier = courier
+        self._begin_early = begin_early
         self._last_delta_s = last_delta_s
         self._no_group_s = no_group_s
         self._info: EngineInfo | None = None
@@ -106,7 +109,8 @@ class GroupsOfModel:
         while True:
             stream = self._inbox.open(request.request_id)
             call = _Call(self.model_id, stream, self._last_delta_s, self._follow(request, stream))
-            call.send(self._generate, Handover(self._courier, request, stream, call.keep), request)
+            handover = Handover(self._courier, request, stream, call.keep)
+            call.send(self._generate, handover, request, self._begin_early(request, handover))
             try:
                 return call, await self._first(call)
             except _GroupDiedError as death:
@@ -193,11 +197,13 @@ class _Call:
         self._follow = follow
         self._timer: asyncio.TimerHandle | None = None
 
-    def send(self, generate: Any, handover: Handover, request: GenerateRequest) -> None:
-        """Make the call."""
+    def send(self, generate: Any, handover: Handover, request: GenerateRequest, is_begun: bool) -> None:
+        """Make the call; where an engine has begun, once its first token has passed."""
         self._handover = handover
-        self._response: DeploymentResponse[Any] = generate.remote(request, handover)
-        self._task = asyncio.create_task(self._watch())
+        self._response: DeploymentResponse[Any] | None = None
+        if not is_begun:
+            self._response = generate.remote(request, handover)
+        self._task = asyncio.create_task(self._watch(lambda: generate.remote(request, handover)))
 
     @property
     def was_begun(self) -> bool:
@@ -220,11 +226,15 @@ class _Call:
 
     def _end_call(self) -> None:
         # Dropping the response is not enough: measured with Ray 2.60, the group generates on.
-        self._response.cancel()
+        if self._response is not None:
+            self._response.cancel()
         self._task.cancel()
 
-    async def _watch(self) -> None:
+    async def _watch(self, call: Callable[[], DeploymentResponse[Any]]) -> None:
         try:
+            if self._response is None:
+                await self._handover.pause()
+                self._response = call()
             refusal: Refusal | Migrated | None = await self._response
             while isinstance(refusal, Migrated):
                 self._response = self._follow(refusal)

@@ -247,14 +247,23 @@ def test_the_controllers_weight_sends_fewer_requests() -> None:
 class RecordingHandover(Handover):
     """Notes what the router tells it."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_reached: bool = True) -> None:
         self.told: list[EngineAddress | str] = []
+        self._early = None
+        self._is_reached = is_reached
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._is_reached and self.told[-1:] not in ([], ["refused"])
 
     def send_to(self, door: EngineAddress) -> None:
         self.told.append(door)
 
     def recall(self) -> None:
         self.told.append("refused")
+
+    async def pause(self) -> None:
+        pass
 
 
 def test_a_request_is_told_which_group_it_gets_and_when_that_has_refused() -> None:
