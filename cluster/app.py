@@ -23,12 +23,12 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import LLMConfig, ServingArgs, to_engine_config, validate
 from cluster.config_sharing import balloon_share
 from cluster.controller import ControllerReplica
+from cluster.early_choice import begin_early
 from cluster.gpu_needs import device_of
 from cluster.group import TpGroup
 from cluster.ingress import IngressConfig, create_app
 from cluster.metrics import IngressMetrics, RayBackend
 from cluster.request_courier import RequestCourier
-from cluster.router import begin_early
 from cluster.served_model import GroupsOfModel
 from cluster.token_inbox import TokenInbox
 from cluster.tokenizer import Tokenizer

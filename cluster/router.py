@@ -12,10 +12,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
-from weakref import WeakValueDictionary
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from cluster import early_choice
 from cluster.prefix_record import PrefixRecord, chain_of, home_of, key_of
 from cluster.ranking import Ask, GroupLoad, door_of, load_of, rank_groups
 from cluster.request_courier import Handover
@@ -116,10 +116,6 @@ class _Choice(NamedTuple):
     ask: Ask
 
 
-# Of this process, by application and deployment.
-_routers: WeakValueDictionary[tuple[str, str], SloRouter] = WeakValueDictionary()
-
-
 class SloRouter(FIFOMixin, RequestRouter):
     """Ray Serve's plug for `rank_groups`. Each request gets the group that was chosen for it."""
 
@@ -135,7 +131,7 @@ class SloRouter(FIFOMixin, RequestRouter):
         self._changed_s: dict[ReplicaID, float] = {}
         self._last_stats: dict[ReplicaID, object] = {}
         self._loop: asyncio.AbstractEventLoop | None = None  # Serve's, for this router
-        _routers[self._deployment_id.app_name, self._deployment_id.name] = self
+        early_choice.register(self._deployment_id.app_name, self._deployment_id.name, self)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Notes when each group's facts changed, on this process' clock: clocks of nodes differ."""
@@ -176,9 +172,7 @@ class SloRouter(FIFOMixin, RequestRouter):
         return [[candidate_replicas[index]] for index in choice.ranked]
 
     def begin_early(self, request: GenerateRequest, handover: Handover) -> bool:
-        """Choose a group without asking Serve, and have it begin: the call, which goes to the same one, may
-        come later. False, and nothing has happened, unless one with room is reached.
-        """
+        """See `cluster.early_choice`."""
         if self._loop is not asyncio.get_running_loop():
             return False  # it is another one's, or has never been asked for a group
         candidates, now = list(self.curr_replicas.values()), self._clock()
@@ -282,12 +276,6 @@ class SloRouter(FIFOMixin, RequestRouter):
             self._sent_tokens.since(replica.replica_id, changed_s or 0.0),
             float("inf") if changed_s is None else now_s - changed_s,
         )
-
-
-def begin_early(application: str, deployment: str, request: GenerateRequest, handover: Handover) -> bool:
-    """See `SloRouter.begin_early`, of this process' router for that deployment."""
-    router = _routers.get((application, deployment))
-    return router is not None and router.begin_early(request, handover)
 
 
 def _take_early(pending: PendingRequest, candidates: Sequence[RunningReplica]) -> RunningReplica | None:

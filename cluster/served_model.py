@@ -42,7 +42,7 @@ class GroupsOfModel:
         tokenizer: loaded, so that no request waits for it and its faults show at start.
         handle: of the model's TpGroup deployment.
         inbox, courier: of this process.
-        begin_early: see `cluster.router.begin_early`.
+        begin_early: see `cluster.early_choice`.
         last_delta_s: how long after the end of a call its last delta may come.
         no_group_s: how long a request waits where no group is up.
     """
