@@ -342,3 +342,24 @@ def test_a_router_in_another_thread_may_tell() -> None:
         client.close(process)
 
     _run(case)
+
+
+def test_a_call_lets_the_first_token_pass() -> None:
+    """Once, and not for longer than a moment."""
+
+    async def case() -> None:
+        loop = asyncio.get_running_loop()
+        process, client = await _begun()
+        process.say(7)
+        started = loop.time()
+        await client.handover.pause()
+        assert client.stream._pending is not None
+        await client.handover.pause()
+        assert loop.time() - started < 5
+        client.close(process)
+        silent, client = await _begun()
+        await client.handover.pause()
+        assert client.stream._pending is None, "no token has come, and the call is made"
+        client.close(silent)
+
+    _run(case)

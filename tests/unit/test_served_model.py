@@ -128,13 +128,20 @@ async def hangs(handle: Handle, request: GenerateRequest, reply_to: ReplyTo) -> 
     await asyncio.Event().wait()
 
 
-def _ask(handle: Handle, leave_after: int = 100) -> list[int]:
-    """The tokens of one request."""
+def _ask(handle: Handle, leave_after: int = 100, is_early: bool = False) -> list[int]:
+    """The tokens of one request; an early one has begun before the call."""
 
     async def ask() -> list[int]:
         inbox, tokens = TokenInbox("127.0.0.1"), []
         model = GroupsOfModel(
-            "m", 0, byte_tokenizer(), cast(Any, handle), inbox, RequestCourier(), last_delta_s=0.1
+            "m",
+            0,
+            byte_tokenizer(),
+            cast(Any, handle),
+            inbox,
+            RequestCourier(),
+            lambda request, handover: is_early,
+            last_delta_s=0.1,
         )
         deltas = model.generate(REQUEST)
         try:
@@ -147,7 +154,8 @@ def _ask(handle: Handle, leave_after: int = 100) -> list[int]:
             await deltas.aclose()
             handle.sender.shut()
             inbox.close()
-            await asyncio.wait(handle.calls, timeout=20)
+            if handle.calls:
+                await asyncio.wait(handle.calls, timeout=20)
         return tokens
 
     return asyncio.run(ask())
@@ -291,3 +299,33 @@ def test_a_request_waits_for_a_group_that_is_busy_and_not_for_one_that_never_com
     else:
         with pytest.raises(EngineDeadError, match="no group of m has been up"):
             asyncio.run(ask())
+
+
+def test_a_call_that_comes_later_is_as_good() -> None:
+    handle = Handle(answers(3))
+    assert _ask(handle, is_early=True) == [0, 1, 2]
+    assert len(handle.calls) == 1
+    with pytest.raises(EngineDeadError):
+        _ask(Handle(dies, dies), is_early=True)
+
+
+def test_a_reader_that_leaves_before_the_call_prevents_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def pause(self: Handover) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Handover, "pause", pause)
+
+    async def scenario() -> None:
+        handle, inbox = Handle(answers(3)), TokenInbox("127.0.0.1")
+        model = GroupsOfModel(
+            "m", 0, byte_tokenizer(), cast(Any, handle), inbox, RequestCourier(), lambda *_: True
+        )
+        reader = asyncio.ensure_future(anext(model.generate(REQUEST)))
+        await asyncio.sleep(0.05)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        await asyncio.sleep(0.05)
+        assert not handle.calls
+        inbox.close()
+
+    asyncio.run(scenario())

@@ -17,6 +17,7 @@ from ray.serve._private.common import (
 )
 from ray.serve.request_router import PendingRequest
 
+from cluster.early_choice import begin_early
 from cluster.request_courier import Handover
 from cluster.router import CHOSEN_S, SloRouter
 from engine.messages import GenerateRequest
@@ -284,5 +285,101 @@ def test_a_request_is_told_which_group_it_gets_and_when_that_has_refused() -> No
         door = doors[cluster.names.index(again.replica_id)]
         assert handover.told[-1] == door
         assert "refused" in handover.told[:-1]
+
+    in_two_groups(scenario)
+
+
+class EarlyBird:
+    """A request that may begin before Serve is asked, in a cluster whose groups have doors."""
+
+    def __init__(self, cluster: Cluster, is_reached: bool = True) -> None:
+        self._cluster = cluster
+        self.handover = RecordingHandover(is_reached)
+        metadata = RequestMetadata(request_id="r", internal_request_id="r")
+        self.request = GenerateRequest("r", tuple(range(500)))
+        self.pending = PendingRequest([self.request, self.handover], {}, metadata)
+
+    def begin(self) -> bool:
+        return begin_early(DEPLOYMENT.app_name, DEPLOYMENT.name, self.request, self.handover)
+
+    async def call(self, is_retry: bool = False) -> ReplicaID:
+        """Where Serve sends the call."""
+        chosen = await self._cluster.router._choose_replica_for_request(self.pending, is_retry=is_retry)
+        return chosen.replica_id
+
+
+async def with_doors(cluster: Cluster) -> dict[EngineAddress, ReplicaID]:
+    """Whose each door is, once the router has been asked for a group."""
+    doors = {EngineAddress(f"tcp://127.0.0.1:{at}", b"s"): one for at, one in enumerate(cluster.names, 1)}
+    for door, group in zip(doors, cluster.groups, strict=True):
+        group.routing_stats["door"] = (door.address, door.secret.hex())
+    cluster.router.update_replicas(cluster.groups)  # type: ignore[arg-type]
+    await cluster.serve(range(3))
+    return doors
+
+
+def test_a_request_that_began_early_gets_its_call_there() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        doors, bird = await with_doors(cluster), EarlyBird(cluster)
+        assert bird.begin()
+        group = doors[bird.handover.told[0]]  # type: ignore[index]
+        assert cluster.router._in_flight.counts(cluster.now_s)[group] == 1
+        cluster.push(group, wait_s=30.0, pressure=1.0)  # any other group would be better now
+        assert await bird.call() == group
+        assert cluster.router._in_flight.counts(cluster.now_s)[group] == 1, "counted once"
+        assert "refused" not in bird.handover.told
+        cluster.router.on_send_request(group)
+        assert cluster.router._in_flight.counts(cluster.now_s)[group] == 1
+        await bird.call(is_retry=True)
+        assert "refused" in bird.handover.told
+
+    in_two_groups(scenario)
+
+
+def test_those_that_begin_early_are_spread() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        doors = await with_doors(cluster)
+        birds = [EarlyBird(cluster) for _ in range(6)]
+        assert all(bird.begin() for bird in birds)
+        assert len({doors[bird.handover.told[0]] for bird in birds}) == 2  # type: ignore[index]
+
+    in_two_groups(scenario)
+
+
+def test_a_request_waits_for_serve_where_no_group_can_begin_it() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        assert not EarlyBird(cluster).begin(), "the router's event loop is not known"
+        await cluster.serve(range(3))
+        assert not EarlyBird(cluster).begin(), "no group has a door"
+        await with_doors(cluster)
+        assert not EarlyBird(cluster, is_reached=False).begin()
+        for group in cluster.groups:
+            group.max_ongoing_requests = 0
+        assert not EarlyBird(cluster).begin(), "all are full"
+        assert not cluster.router._in_flight.counts(cluster.now_s).total()
+
+    in_two_groups(scenario)
+
+
+def test_an_early_choice_that_is_given_up_does_not_count() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        await with_doors(cluster)
+        bird = EarlyBird(cluster)
+        assert bird.begin()
+        bird.handover.take_early()
+        assert not cluster.router._in_flight.counts(cluster.now_s).total()
+
+    in_two_groups(scenario)
+
+
+def test_a_group_that_is_gone_does_not_get_the_call() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        doors, bird = await with_doors(cluster), EarlyBird(cluster)
+        assert bird.begin()
+        gone = doors[bird.handover.told[0]]  # type: ignore[index]
+        cluster.groups = [group for group in cluster.groups if group.replica_id != gone]
+        cluster.router.update_replicas(cluster.groups)  # type: ignore[arg-type]
+        assert await bird.call() == cluster.names[0]
+        assert bird.handover.told[1] == "refused"
 
     in_two_groups(scenario)
