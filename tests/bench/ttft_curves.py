@@ -25,6 +25,7 @@ import torch
 from cluster.bench.named import named_workload
 from cluster.bench.workload import BenchError, Workload
 from engine.messages import Piece, StepPlan
+from engine.step_times import StepWork
 from tests.bench import engine_options
 from tests.bench.engine_options import EngineOptions
 from tests.bench.machine import machine
@@ -159,7 +160,8 @@ def prefill_s(tokens: int, tok_s: float | None = None) -> float:
     """Seconds to prefill a prompt by itself: at a rate, or as an H100 does it with Llama-3.1-8B."""
     if tok_s is not None:
         return tokens / tok_s
-    return H100_8B.step_s(StepPlan(0, (Piece("", 0, 0, 0, (0,) * tokens, True),), 0))
+    plan = StepPlan(0, (Piece("", 0, 0, 0, (0,) * tokens, True),), 0)
+    return H100_8B.steps.step_s(StepWork.of(plan))
 
 
 def contenders(options: EngineOptions, with_vllm: bool) -> list[Contender]:
