@@ -199,6 +199,7 @@ class Engine:
         """
         reason: BaseException = EngineDeadError("it was shut down")
         try:
+            self._pool.chunks.vm.enter()
             while not stop.is_set():
                 if not self.step():
                     self._pool.check()

@@ -238,6 +238,9 @@ class UncheckedVirtualMemory:
         self._last_handle = 0
         self._moved: dict[int, list[Moved]] = {}
 
+    def enter(self) -> None:
+        """There is no device."""
+
     def reserve(self, num_chunks: int) -> int:
         address = self._end
         self._end += (num_chunks + 1) * self.chunk_bytes

@@ -41,6 +41,7 @@ class CudaVirtualMemory(ChunkDriver):
         self._index = device.index or 0
         torch.cuda.set_device(self._index)
         torch.empty(1, device=device)  # torch makes the primary context current in this thread
+        self._context = driver_call(driver.cuCtxGetCurrent)
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -57,6 +58,12 @@ class CudaVirtualMemory(ChunkDriver):
         self._ranges: dict[int, int] = {}
         self._limits = (chunk_bytes, margin_bytes)
         super().__init__(chunk_bytes, self._make_mapper(native.load() if use_native else None), _explain)
+
+    def enter(self) -> None:
+        # torch makes a context current with the first kernel of a thread. An engine whose first act was to
+        # take a request over had its copies refused (CUDA_ERROR_INVALID_VALUE).
+        torch.cuda.set_device(self._index)
+        driver_call(driver.cuCtxSetCurrent, self._context)
 
     def reserve(self, num_chunks: int) -> int:
         nbytes = num_chunks * self.chunk_bytes
@@ -83,7 +90,7 @@ class CudaVirtualMemory(ChunkDriver):
             return PythonMapper(_PythonCalls(self._properties, self._access, *self._limits))
         cuda = native.CudaFunctions(
             **{name: _address(function) for name, function in _FUNCTIONS.items()},
-            context=int(driver_call(driver.cuCtxGetCurrent)),
+            context=int(self._context),
             properties=self._properties.getPtr(),
             access=self._access.getPtr(),
             chunk_bytes=self._limits[0],

@@ -61,6 +61,9 @@ class ChunkDriver:
         """Calls made by the thread behind `submit`."""
         return self._mapper.num_calls_beside
 
+    def enter(self) -> None:
+        """Nothing to do where memory belongs to the process."""
+
     def create(self, count: int) -> list[int]:
         batch = Batch([(MAKE, 0, 0, 0)] * count)
         num_made = self._run(batch, "create")

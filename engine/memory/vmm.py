@@ -65,6 +65,11 @@ class VirtualMemory(Protocol):
     @property
     def num_calls_beside(self) -> int: ...
 
+    def enter(self) -> None:
+        """Make the device the calling thread's, for these verbs, for copies and for kernels. The thread that
+        made the driver need not; any other begins with it.
+        """
+
     def reserve(self, num_chunks: int) -> int:
         """Reserve address space for `num_chunks` chunks; the address, a multiple of `chunk_bytes`.
 

@@ -44,6 +44,9 @@ class MirroredMemory:
     def num_calls_beside(self) -> int:
         return self._own.num_calls_beside
 
+    def enter(self) -> None:
+        self._own.enter()  # a follower serves in the thread that it was made in
+
     def reserve(self, num_chunks: int) -> int:
         address = self._own.reserve(num_chunks)
         self._followers.send("reserve", address, num_chunks)

@@ -34,6 +34,7 @@ class Device:
     """A range of mapped chunks, as a view of a row each."""
 
     def __init__(self, vm: CudaVirtualMemory) -> None:
+        self.vm = vm
         self.address = vm.reserve(ROWS)
         vm.map(self.places(range(ROWS)), vm.create(ROWS))
         self.rows = vm.view(self.address, ROWS).view(ROWS, CHUNK)
@@ -160,6 +161,23 @@ def test_a_refused_copy_is_told_by_its_ticket(
     assert bool((host_rows(slab, 2)[0] == 3).all())
     copies.submit(OUT, places(slab, [1]), device.places([1]), after_steps=True).wait()
     assert bool((host_rows(slab, 2)[1] == 3).all()), "what is submitted later is copied"
+
+
+def test_a_thread_that_entered_copies_before_it_has_computed_anything(
+    device: Device, copies: CudaCopies, make_slab: Callable[[int], Slab]
+) -> None:
+    """The loop of an engine whose first act is to take a request over. A thread has no context by itself."""
+    slab = make_slab(2)
+    host_rows(slab, 2).fill_(7)
+
+    def copy_in() -> None:
+        copies.submit(IN, device.places([0, 1]), places(slab, [0, 1]), after_steps=False).wait()
+
+    with ThreadPoolExecutor(1) as bare, pytest.raises(DriverError, match="cuMemcpyHtoDAsync"):
+        bare.submit(copy_in).result()
+    with ThreadPoolExecutor(1, initializer=device.vm.enter) as entered:
+        entered.submit(copy_in).result()
+    assert bool((device.rows[:2] == 7).all())
 
 
 def test_a_balloon_of_pinned_slabs_keeps_what_it_is_given(device: Device, copies: CudaCopies) -> None:

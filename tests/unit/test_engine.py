@@ -242,6 +242,22 @@ def test_a_dead_loop_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.engine.check_alive()
 
 
+def test_the_loop_takes_the_device_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread has no context by itself, and the first act may be a copy, not a kernel."""
+    bench = Bench()
+    done: list[tuple[str, int]] = []
+    vm = bench.engine._pool.chunks.vm
+    monkeypatch.setattr(vm, "enter", lambda: done.append(("enter", threading.get_ident())))
+    monkeypatch.setattr(
+        bench.engine, "step", lambda: done.append(("step", threading.get_ident())) or stop.set()
+    )
+    stop = threading.Event()
+    thread = threading.Thread(target=bench.engine.run_until, args=(stop,))
+    thread.start()
+    thread.join(timeout=10)
+    assert done == [("enter", thread.ident), ("step", thread.ident)]
+
+
 def test_stopping_the_loop_ends_open_requests() -> None:
     bench = Bench()
     stop = threading.Event()
