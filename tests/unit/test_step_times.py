@@ -52,6 +52,20 @@ def test_a_day_of_steps_that_are_all_alike_does_no_harm() -> None:
     assert 0.0 <= times.predict(StepWork(512, 16, 100_000, 1e5)) < 1.0
 
 
+def test_prompts_that_come_in_spells_are_known_throughout() -> None:
+    """Nothing may grow while no step looks there: rounding did, and a group that was believed to take a day
+    for a prompt got none any more, by which it could have learnt better.
+    """
+    times, dice = StepTimes(), random.Random(3)
+    for at in range(20_000):
+        is_quiet, decodes = at // 300 % 2, dice.randrange(1, 64)
+        tokens = 0 if is_quiet or dice.random() < 0.8 else dice.randrange(50, 2000)
+        work = StepWork(tokens, decodes, decodes * 600, tokens * tokens / 2)
+        times.observe(work, _true_s(work) * dice.uniform(0.999, 1.001))
+        if at > 300:
+            assert times.per_prompt_token(0.0) == pytest.approx(27e-6, rel=0.2), at
+
+
 def test_no_prediction_is_negative() -> None:
     times = StepTimes()
     for tokens in range(1, 20):
