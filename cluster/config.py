@@ -270,6 +270,7 @@ class ControllerSection(Section):
     least_weight: float = Field(default=_POLICY.least_weight, gt=0, le=1)
     recovery: PositiveFloat = _POLICY.recovery
     replica_patience_s: PositiveFloat = _POLICY.replica_patience_s
+    compute_patience_s: PositiveFloat = _POLICY.compute_patience_s
     replica_idle_s: PositiveFloat = _POLICY.replica_idle_s
     forget_s: PositiveFloat = _POLICY.forget_s
 

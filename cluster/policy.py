@@ -43,8 +43,10 @@ class PolicyConfig:
         patience_s: lateness of next tokens that lasts so long is no burst, and beyond the engine's means.
         least_weight: admission weights do not go below; a group with less would hardly be heard of again.
         recovery: times `dwell_s` before a weight goes up again: the load may still be too much.
-        replica_patience_s: a model that is late so long, though memory cannot help, needs a group more.
+        replica_patience_s: a model that is late so long, though memory cannot help, needs more groups.
             Long enough for memory to have been moved and used.
+        compute_patience_s: the same where first and next tokens are late alike, which no memory helps: long
+            enough for a group to be judged by its newest promises.
         replica_idle_s: a model that could do with a group less for so long gives it up: a start takes
             minutes.
         forget_s: a group that does not answer for so long has gone, and its memory with it.
@@ -64,6 +66,7 @@ class PolicyConfig:
     least_weight: float = 0.25
     recovery: float = 4.0
     replica_patience_s: float = 30.0
+    compute_patience_s: float = 10.0
     replica_idle_s: float = 300.0
     forget_s: float = 30.0
 

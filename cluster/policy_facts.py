@@ -36,6 +36,7 @@ class Facts:
             order that it obeys, what it has, and what it needs for the longest of its requests.
         chunk: what pools grow and shrink by.
         first, paced: (kept, not kept) promises since start.
+        num_ended: requests that have ended since start.
     """
 
     group_id: str
@@ -57,6 +58,7 @@ class Facts:
     ttft_slo_s: float
     first: tuple[int, int]
     paced: tuple[int, int]
+    num_ended: int
     host_total: int
     host_available: int
     device: str = ""
@@ -99,6 +101,7 @@ def facts_of(report: GroupReport) -> Facts | None:
         ttft_slo_s=report.ttft_slo_s,
         first=(now.first_in_time, now.first_late),
         paced=(now.paced_in_time, now.paced_late),
+        num_ended=sum([count for _, count in now.finished]),
         host_total=host.total_bytes if host else 0,
         host_available=host.available_bytes if host else 0,
         device=now.shared_device,

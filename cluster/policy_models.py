@@ -1,4 +1,6 @@
-"""How many groups each model should have: one more when memory does not help, one fewer when it is idle."""
+"""How many groups each model should have: as many as its load takes when memory does not help, one fewer when
+it is idle.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,14 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from cluster.policy_facts import ENOUGH, Outlook
+from cluster.policy_facts import ENOUGH, Kept, Outlook
 
 _ROOMY = 0.5  # of the remaining groups' pools: with less in use, one of them can go
 _QUICK = 0.25  # of the promised time to the first token
+_CLEARED_S = 60.0  # a queue that has grown is to be gone in a minute
+_MOST = 4  # times the groups there are; what comes in during some seconds is a rough measure
 
 
 class ReplicaConfig(Protocol):
@@ -27,6 +31,9 @@ class ReplicaConfig(Protocol):
     def replica_patience_s(self) -> float: ...
 
     @property
+    def compute_patience_s(self) -> float: ...
+
+    @property
     def replica_idle_s(self) -> float: ...
 
 
@@ -39,6 +46,7 @@ class ModelState:
         wanted: groups that it should have.
         late_since, idle_since: when it began to be late though it has all the memory there is for it, and
             when it began to need a group less; infinite if it is not late, or needs them all.
+        late_from: requests that had ended, and that were open, when it began to be late.
         changed: why `wanted` has just changed; empty if it has not.
     """
 
@@ -46,6 +54,7 @@ class ModelState:
     wanted: int
     late_since: float = math.inf
     idle_since: float = math.inf
+    late_from: tuple[int, int] = (0, 0)
     changed: str = ""
 
 
@@ -64,21 +73,58 @@ def judge_models(
 
 
 def _judge(members: list[Outlook], before: ModelState, config: ReplicaConfig, now: float) -> ModelState:
-    count = len(members)
-    late_since, idle_since = before.late_since, before.idle_since
+    count, traffic = len(members), _traffic(members)
+    late_since, idle_since, late_from = before.late_since, before.idle_since, before.late_from
     if count != before.num_groups:
         late_since = idle_since = math.inf  # what was asked for has come, or gone: judge anew
     is_late = _is_late(members, config)
-    late_since = min(late_since, now) if is_late else math.inf
+    if is_late and late_since == math.inf:
+        late_since, late_from = now, traffic
+    elif not is_late:
+        late_since = math.inf
     idle_since = min(idle_since, now) if not is_late and _is_idle(members, config) else math.inf
-    wanted, why = before.wanted, ""
-    if now - late_since >= config.replica_patience_s:
-        wanted, why = count + 1, "memory_does_not_help"
+    # A wish stays while its groups start, one after another; more than that were somebody else's wish.
+    wanted, why = max(count, before.wanted) if count != before.num_groups else before.wanted, ""
+    if now - late_since >= _patience_s(members, config):
+        enough = _enough(
+            count, late_from, traffic, sum(one.facts.num_waiting for one in members), now - late_since
+        )
+        wanted, why = max(wanted, enough), "memory_does_not_help"
     elif now - idle_since >= config.replica_idle_s:
         wanted, why = max(1, count - 1), "idle"
-    elif count != before.num_groups:
-        wanted = count
-    return ModelState(count, wanted, late_since, idle_since, why if wanted != before.wanted else "")
+    changed = why if wanted != before.wanted else ""
+    return ModelState(count, wanted, late_since, idle_since, late_from, changed)
+
+
+def _traffic(members: list[Outlook]) -> tuple[int, int]:
+    """Requests that have ended so far, and those that are open."""
+    return sum(one.facts.num_ended for one in members), sum(one.facts.num_open for one in members)
+
+
+def _enough(
+    count: int, then: tuple[int, int], now: tuple[int, int], num_waiting: int, passed_s: float
+) -> int:
+    """Groups that could end what comes in, by what these ended while they did all they could. With one more
+    each time, half a minute after another, three times the load was late for two and a half minutes.
+
+    Args:
+        then, now: of `_traffic`, when the model began to be late and after so many seconds.
+        num_waiting: for a first token; they are to be served as well, within a while.
+    """
+    ended = now[0] - then[0]
+    if ended < ENOUGH:
+        return 2 * count
+    came = max(0, ended + now[1] - then[1])
+    needed = math.ceil(count * (came + num_waiting * passed_s / _CLEARED_S) / ended)
+    return min(max(needed, count + 1), _MOST * count)
+
+
+def _patience_s(members: list[Outlook], config: ReplicaConfig) -> float:
+    """Memory lets first tokens come earlier at the cost of next ones, or the other way round: where both are
+    late, there is nothing to wait for.
+    """
+    first, pace = (_share(members, name) for name in ("first", "pace"))
+    return config.compute_patience_s if max(first, pace) < config.target else config.replica_patience_s
 
 
 def _is_late(members: list[Outlook], config: ReplicaConfig) -> bool:
@@ -89,6 +135,12 @@ def _is_late(members: list[Outlook], config: ReplicaConfig) -> bool:
     is_late = waits or (kept + missed >= ENOUGH and kept / (kept + missed) < config.target)
     has_grown = all(one.levers.size.direction != 1 or _is_used(one) for one in members)
     return is_late and has_grown
+
+
+def _share(members: list[Outlook], name: Literal["first", "pace"]) -> float:
+    """Of a kind of promises, those that all groups kept together."""
+    several: list[Kept] = [getattr(one, name) for one in members]
+    return Kept(sum(one.kept for one in several), sum(one.missed for one in several)).share
 
 
 def _is_used(one: Outlook) -> bool:

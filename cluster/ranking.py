@@ -14,9 +14,11 @@ a laptop (2 ms a token) one of 200 tokens outweighs 0.4 s. On top of that come:
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.messages import EngineSnapshot
@@ -27,6 +29,7 @@ CROWD_S = 0.02
 LATE = 3.0
 CROWDED = 0.8
 _TOKEN_S = 1e-4  # a token of a prompt, until a group has said
+_SLOWER = 4.0  # times as long as at others a token takes at most: an older GPU, or one that throttles
 _ALIKE_S = 1e-3  # costs that differ by less are equal: then the request's home comes first, or chance decides
 
 
@@ -108,6 +111,7 @@ def rank_groups(loads: Sequence[GroupLoad], ask: Ask, rng: random.Random) -> lis
     order = list(range(len(loads)))
     rng.shuffle(order)
     fresh = [index for index in order if loads[index].is_fresh]
+    loads = _alike(loads, fresh)
     stale = [index for index in order if not loads[index].is_fresh]
     if not fresh:
         return sorted(stale[:2], key=lambda index: loads[index].queue_len) + stale[2:]
@@ -116,6 +120,17 @@ def rank_groups(loads: Sequence[GroupLoad], ask: Ask, rng: random.Random) -> lis
     if stale and loads[stale[0]].queue_len < loads[fresh[0]].queue_len:
         return [stale[0], *fresh, *stale[1:]]
     return fresh + stale
+
+
+def _alike(loads: Sequence[GroupLoad], fresh: Sequence[int]) -> Sequence[GroupLoad]:
+    """Groups of one model take about as long for a token. One that believes otherwise, since its last prompt
+    met with a pause or a compiler, would not be sent the next, which would teach it better.
+    """
+    known = [loads[index].token_s for index in fresh if loads[index].token_s]
+    most = _SLOWER * statistics.median_low(known) if len(known) > 1 else math.inf
+    if max(known, default=0.0) <= most:
+        return loads
+    return [replace(load, token_s=min(load.token_s, most)) for load in loads]
 
 
 def routing_stats(

@@ -210,6 +210,47 @@ def test_replicas_are_asked_for_when_memory_does_not_help_and_given_up_when_idle
     assert decision.replicas == {"a": 1}
 
 
+def _overload(cluster: Cluster, seconds: int, ended: int, came: int, **late: int) -> Decision:
+    """A second at a time: so many requests end, so many come, and promises are broken, five of each kind."""
+    for second in range(1, seconds + 1):
+        cluster.tell(
+            "x",
+            finished=(("stop", ended * second), ("length", 0)),
+            num_waiting=(came - ended) * second,
+            **{name: each * second for name, each in late.items()},
+        )
+        decision = cluster.tick()
+    return decision
+
+
+def test_as_many_groups_are_asked_for_as_the_load_takes() -> None:
+    """Three times what a group ends, and the queue of half a minute on top of it."""
+    cluster = Cluster(_report("x"))
+    assert _overload(cluster, 25, ended=4, came=12, first_late=5).replicas == {"a": 1}
+    assert _overload(cluster, 45, ended=4, came=12, first_late=5).replicas == {"a": 4}
+    assert _overload(Cluster(_report("x")), 45, ended=10, came=10, first_late=5).replicas == {"a": 2}
+    assert _overload(Cluster(_report("x")), 45, ended=10, came=900, first_late=5).replicas == {"a": 4}
+
+
+def test_where_first_and_next_tokens_are_late_no_memory_is_waited_for() -> None:
+    cluster = Cluster(_report("x"))
+    assert _overload(cluster, 8, ended=4, came=12, first_late=5, paced_late=5).replicas == {"a": 1}
+    assert _overload(cluster, 16, ended=4, came=12, first_late=5, paced_late=5).replicas["a"] >= 3
+
+
+def test_a_wish_stays_while_its_groups_start_one_after_another() -> None:
+    cluster = Cluster(_report("x"))
+    _overload(cluster, 45, ended=4, came=12, first_late=5)
+    calm = {"num_waiting": 0, "num_waiting_late": 0, "num_running": 8}
+    for name in ("x2", "x3"):
+        cluster.reports[name] = _report(name)
+        for _ in range(40):
+            cluster.tell("x", **calm)
+            assert cluster.tick().replicas == {"a": 4}
+    del cluster.reports["x3"]  # one that died is started again
+    assert cluster.tick(CONFIG.forget_s + 1).replicas == {"a": 4}
+
+
 def test_a_moment_without_lateness_gives_no_group_up() -> None:
     """Requests that wait too long come and go by the second: what is late by turns has not been idle."""
     report = _report("x", num_running=1, expected_ttft_s=0.0)

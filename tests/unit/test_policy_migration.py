@@ -44,6 +44,7 @@ FACTS = Facts(
     ttft_slo_s=2.0,
     first=(0, 0),
     paced=(0, 0),
+    num_ended=0,
     host_total=64 * GIB,
     host_available=32 * GIB,
 )

@@ -128,6 +128,16 @@ def test_a_group_without_room_comes_later() -> None:
     assert first(fresh(5, pressure=0.5), fresh(6, pressure=0.0)) == 0, "half full is no reason"
 
 
+def test_what_a_group_believes_of_its_speed_keeps_no_request_from_it_for_ever() -> None:
+    """It learns its speed from prompts: without any it would believe so until it ends."""
+    lost = GroupLoad(0, 0, age_s=0.1, token_s=4e23)
+    assert first(lost, fresh(2)) == 1
+    assert first(lost, fresh(400, wait_s=4.0)) == 0
+    assert first(lost, fresh(400, wait_s=4.0), fresh(400, wait_s=4.0)) == 0
+    twice = GroupLoad(0, 0, age_s=0.1, token_s=2e-3)
+    assert cost_s(twice, ask(), 0) > cost_s(fresh(0), ask(), 0), "what is only slower counts as it is"
+
+
 def test_equals_are_drawn_unless_one_is_home() -> None:
     loads = [fresh(1), fresh(1), fresh(1)]
     drawn = Counter(first(*loads, seed=seed) for seed in range(300))
