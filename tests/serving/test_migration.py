@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from tests.unit.model_cases import save_tiny
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-MODEL, NUM_TOKENS, VOCAB = "mover", 700, 199
+MODEL, NUM_TOKENS, VOCAB = "mover", 550, 199
 PATIENCE_S = 120.0
 SAMPLINGS = ({"temperature": 0}, {"temperature": 0.9, "seed": 7, "presence_penalty": 0.5})
 
@@ -152,3 +155,76 @@ def test_a_stream_moves_and_its_client_notices_nothing(url: str) -> None:
     alone.join(PATIENCE_S)
     assert len(reader.text) > at
     assert reader.text == alone.text
+
+
+def held_up(kills_target: bool) -> MigrationResult | None:
+    """A move whose target stands still in the midst of it, and then one of the two is killed: -9.
+
+    Returns:
+        What the source says of it, unless that was killed.
+    """
+    groups, pairs = engines(), list[tuple[str, str]]()
+
+    def is_parked() -> bool:
+        for pair in (sorted(groups), sorted(groups)[::-1]):
+            if ray.get(groups[pair[0]][1].snapshot.remote(), timeout=30).num_parked:
+                pairs.append((pair[0], pair[1]))
+        return bool(pairs)
+
+    eventually(is_parked)
+    source, target = pairs[0]
+    pids = {
+        group: ray.get(groups[group][1].__ray_call__.remote(lambda self: os.getpid()), timeout=30)
+        for group in groups
+    }
+    os.kill(pids[target], signal.SIGSTOP)
+    try:
+        order = None
+
+        def is_under_way() -> bool:
+            nonlocal order
+            order = groups[source][1].migrate.remote(groups[target][0], target)
+            return not ray.wait([order], timeout=1.0)[0]
+
+        eventually(is_under_way)
+        os.kill(pids[target if kills_target else source], signal.SIGKILL)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # that was killed
+            os.kill(pids[target], signal.SIGCONT)
+    return ray.get(order, timeout=PATIENCE_S) if kills_target else None
+
+
+def free_again(num_groups: int) -> None:
+    """Both groups are there, and nothing of a request is left in either."""
+
+    def are_free() -> bool:
+        found = [ray.get(engine.snapshot.remote(), timeout=30) for _, engine in engines().values()]
+        used = [one.memory.kv + one.memory.balloon - one.memory.balloon_cached for one in found]
+        return len(found) == num_groups and not any(used)
+
+    eventually(are_free, PATIENCE_S)
+
+
+@pytest.mark.parametrize("kills_target", [True, False])
+def test_a_group_that_dies_in_the_midst_of_a_move_takes_its_own_requests_alone(
+    url: str, kills_target: bool
+) -> None:
+    """The request that was on its way stays with the source until the target has said that it has it."""
+    eventually(lambda: len(engines()) == 2, PATIENCE_S)
+    readers = [Reader(url, number) for number in range(8)]
+    result = held_up(kills_target)
+    for one in readers:
+        one.join(PATIENCE_S)
+    assert not any(one.is_alive() for one in readers)
+    whole = [one for one in readers if one.finish_reason == "length"]
+    assert 1 <= len(whole) < 8
+    assert not any(one.errors for one in whole)
+    assert all(len(one.errors) == 1 and one.finish_reason is None for one in readers if one not in whole)
+    if result is not None:
+        assert result.outcome == "failed", result
+        (stayed,) = [one for one in readers if result.request_id.startswith(f"reader{one.number}-")]
+        assert stayed in whole
+    free_again(2)
+    alone = Reader(url, whole[0].number)
+    alone.join(PATIENCE_S)
+    assert whole[0].text == alone.text
