@@ -25,8 +25,15 @@ setup: $(STAMP) ## the virtual environment only
 model: $(MODEL) ## the demo model only (98 MB)
 
 # Tools run as modules: one that a GPU host brings along has no script in .venv/bin.
+# Tests that start a cluster or use a GPU measure time and want the machine alone. The others share it: a thread each
+# in torch, or as many processes as cores have as many threads each.
 test: $(STAMP) $(MODEL) ## every test this machine can run; says which it skips and why
+ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --maxprocesses=8 --dist=loadfile -m "not ray and not gpu"
+	$(BIN)/python -m pytest -m "ray or gpu"
+endif
 
 check: $(STAMP) ## formatting, lint, types and the import contracts
 	$(BIN)/python -m ruff format --check .

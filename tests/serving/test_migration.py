@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import ray
 
 from cluster import launch
 from engine.migration import MigrationResult
-from tests.serving.conftest import llm, serve_file
+from tests.serving.conftest import ROOT, llm, serve_file
 from tests.serving.processes import eventually
 from tests.unit.model_cases import save_tiny
 
@@ -30,16 +32,12 @@ PATIENCE_S = 120.0
 SAMPLINGS = ({"temperature": 0}, {"temperature": 0.9, "seed": 7, "presence_penalty": 0.5})
 
 
-@pytest.fixture(scope="module")
-def url(
-    ray_cluster: None, base_url: str, port: int, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """Of two groups, each with memory for one long answer or two."""
-    path = tmp_path_factory.mktemp("tiny")
+def movers(path: Path, tokenizer_dir: Path, **deployment: Any) -> dict[str, Any]:
+    """Two groups of a tiny model at `path`, each with memory for one long answer or two."""
     save_tiny("llama", path)
     config = path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1024}))
-    entry = llm(
+    return llm(
         MODEL,
         path,
         tokenizer_dir,
@@ -55,9 +53,16 @@ def url(
         memory={"pool_bytes": "640KiB", "chunk_bytes": "4KiB", "balloon_bytes": "16MiB"},
         slo={"ttft_ms": 1000, "tpot_ms": 1000},
         deployment_config={"num_replicas": 2},
+        **deployment,
     )
-    file = serve_file(port, "moving", "/moving", entry)
-    with launch.deployed(file, print) as found:
+
+
+@pytest.fixture(scope="module")
+def url(
+    ray_cluster: None, base_url: str, port: int, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    entry = movers(tmp_path_factory.mktemp("tiny"), tokenizer_dir)
+    with launch.deployed(serve_file(port, "moving", "/moving", entry), print) as found:
         yield f"{found}/moving"
 
 
@@ -228,3 +233,26 @@ def test_a_group_that_dies_in_the_midst_of_a_move_takes_its_own_requests_alone(
     alone = Reader(url, whole[0].number)
     alone.join(PATIENCE_S)
     assert whole[0].text == alone.text
+
+
+def test_a_stream_moves_to_another_node(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Without memory that both nodes see: KV goes by TCP."""
+    private = ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    if subprocess.run(private, capture_output=True).returncode:
+        pytest.skip("the second node's own /dev/shm takes a namespace that this machine does not give")
+    told_at = tmp_path / "told.json"
+    script = [
+        sys.executable,
+        "-m",
+        "tests.serving.node_migration",
+        str(tokenizer_dir),
+        str(tmp_path),
+        str(told_at),
+    ]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(told_at.read_text())
+    assert told["memories"] == 2, "each node has its own"
+    assert told["at"] < told["characters"]
+    assert told["is_same"]
+    assert told["errors"] == []
