@@ -119,8 +119,8 @@ REGISTRY: tuple[Metric, ...] = (
         "counter",
         "decisions",
         "What was decided about who computes: park_for_prompt, park_for_turn, park_for_growth, return, "
-        "recompute, shed, fetch_prefix, migrate_in; and of the room for new prompts in the balloon, deflate "
-        "and inflate.",
+        "recompute, shed, refuse, fetch_prefix, migrate_in; and of the room for new prompts in the balloon, "
+        "deflate and inflate.",
         ("model_name", "decision"),
     ),
     Metric(

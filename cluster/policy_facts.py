@@ -35,8 +35,8 @@ class Facts:
         pool_own, pool_limit, pool_held, pool_floor: what its pool is configured to, what it may have by the
             order that it obeys, what it has, and what it needs for the longest of its requests.
         chunk: what pools grow and shrink by.
-        first, paced: (kept, not kept) promises since start.
-        num_ended: requests that have ended since start.
+        first, paced: (kept, not kept) promises since start; who was not taken got no first token in time.
+        num_ended, num_refused: requests since start that have ended, and that were not taken.
     """
 
     group_id: str
@@ -59,6 +59,7 @@ class Facts:
     first: tuple[int, int]
     paced: tuple[int, int]
     num_ended: int
+    num_refused: int
     host_total: int
     host_available: int
     device: str = ""
@@ -81,6 +82,7 @@ def facts_of(report: GroupReport) -> Facts | None:
     now: EngineSnapshot = report.snapshot
     memory, host = now.memory, now.host
     unit = memory.chunk_bytes * report.num_ranks
+    num_refused = sum([count for name, count in now.decisions if name in ("shed", "refuse")])
     return Facts(
         group_id=report.group_id,
         model_id=report.model_id,
@@ -99,9 +101,10 @@ def facts_of(report: GroupReport) -> Facts | None:
         num_parked_late=now.num_parked_late,
         expected_ttft_s=now.expected_ttft_s,
         ttft_slo_s=report.ttft_slo_s,
-        first=(now.first_in_time, now.first_late),
+        first=(now.first_in_time, now.first_late + num_refused),
         paced=(now.paced_in_time, now.paced_late),
         num_ended=sum([count for _, count in now.finished]),
+        num_refused=num_refused,
         host_total=host.total_bytes if host else 0,
         host_available=host.available_bytes if host else 0,
         device=now.shared_device,

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from cluster.policy_facts import ENOUGH, Kept, Outlook
 
@@ -37,6 +37,14 @@ class ReplicaConfig(Protocol):
     def replica_idle_s(self) -> float: ...
 
 
+class Traffic(NamedTuple):
+    """Requests of a model that have ended so far, are open, and were not taken by a group."""
+
+    ended: int
+    open: int
+    refused: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModelState:
     """One model.
@@ -46,7 +54,7 @@ class ModelState:
         wanted: groups that it should have.
         late_since, idle_since: when it began to be late though it has all the memory there is for it, and
             when it began to need a group less; infinite if it is not late, or needs them all.
-        late_from: requests that had ended, and that were open, when it began to be late.
+        traffic, late_from: now, and when it began to be late.
         changed: why `wanted` has just changed; empty if it has not.
     """
 
@@ -54,7 +62,8 @@ class ModelState:
     wanted: int
     late_since: float = math.inf
     idle_since: float = math.inf
-    late_from: tuple[int, int] = (0, 0)
+    traffic: Traffic = Traffic(0, 0, 0)
+    late_from: Traffic | None = None
     changed: str = ""
 
 
@@ -76,16 +85,22 @@ def _judge(members: list[Outlook], before: ModelState, config: ReplicaConfig, no
     count, traffic = len(members), _traffic(members)
     late_since, idle_since, late_from = before.late_since, before.idle_since, before.late_from
     if count != before.num_groups:
-        late_since = idle_since = math.inf  # what was asked for has come, or gone: judge anew
+        late_since, idle_since, late_from = (
+            math.inf,
+            math.inf,
+            None,
+        )  # what was asked for has come: judge anew
     is_late = _is_late(members, config)
-    if is_late and late_since == math.inf:
+    if not is_late:
+        late_since, late_from = math.inf, None
+    elif (
+        late_from is None or traffic.ended < before.traffic.ended
+    ):  # an engine that started again counts anew
         late_since, late_from = now, traffic
-    elif not is_late:
-        late_since = math.inf
     idle_since = min(idle_since, now) if not is_late and _is_idle(members, config) else math.inf
     # A wish stays while its groups start, one after another; more than that were somebody else's wish.
     wanted, why = max(count, before.wanted) if count != before.num_groups else before.wanted, ""
-    if now - late_since >= _patience_s(members, config):
+    if late_from is not None and now - late_since >= _patience_s(members, config):
         enough = _enough(
             count, late_from, traffic, sum(one.facts.num_waiting for one in members), now - late_since
         )
@@ -93,28 +108,31 @@ def _judge(members: list[Outlook], before: ModelState, config: ReplicaConfig, no
     elif now - idle_since >= config.replica_idle_s:
         wanted, why = max(1, count - 1), "idle"
     changed = why if wanted != before.wanted else ""
-    return ModelState(count, wanted, late_since, idle_since, late_from, changed)
+    return ModelState(count, wanted, late_since, idle_since, traffic, late_from, changed)
 
 
-def _traffic(members: list[Outlook]) -> tuple[int, int]:
-    """Requests that have ended so far, and those that are open."""
-    return sum(one.facts.num_ended for one in members), sum(one.facts.num_open for one in members)
+def _traffic(members: list[Outlook]) -> Traffic:
+    facts = [one.facts for one in members]
+    return Traffic(
+        sum(one.num_ended for one in facts),
+        sum(one.num_open for one in facts),
+        sum(one.num_refused for one in facts),
+    )
 
 
-def _enough(
-    count: int, then: tuple[int, int], now: tuple[int, int], num_waiting: int, passed_s: float
-) -> int:
+def _enough(count: int, then: Traffic, now: Traffic, num_waiting: int, passed_s: float) -> int:
     """Groups that could end what comes in, by what these ended while they did all they could. With one more
     each time, half a minute after another, three times the load was late for two and a half minutes.
 
     Args:
-        then, now: of `_traffic`, when the model began to be late and after so many seconds.
+        then: when the model began to be late, so many seconds ago.
         num_waiting: for a first token; they are to be served as well, within a while.
     """
-    ended = now[0] - then[0]
+    ended = now.ended - then.ended
     if ended < ENOUGH:
         return 2 * count
-    came = max(0, ended + now[1] - then[1])
+    # A request that one group does not take is sent to the others.
+    came = ended + now.open - then.open + max(0, now.refused - then.refused) / count
     needed = math.ceil(count * (came + num_waiting * passed_s / _CLEARED_S) / ended)
     return min(max(needed, count + 1), _MOST * count)
 

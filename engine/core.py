@@ -135,6 +135,7 @@ class Engine:
             self.check_alive()
             limits = self._config.scheduler
             if len(self._open) >= limits.max_num_seqs + limits.max_num_queued_reqs:
+                self._scheduler.turns.decisions["refuse"] += 1
                 raise OverloadedError(
                     f"{limits.max_num_seqs} requests run and {limits.max_num_queued_reqs} wait, which is all "
                     f"that {self.info.model_id} takes",

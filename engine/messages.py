@@ -324,7 +324,8 @@ class EngineSnapshot:
         num_deposited: tokens held back, because they are ahead of the pace that their clients were promised.
         expected_ttft_s: how long a new request would wait for its first token, by the newest rate of prompts.
         decisions: how often what was decided, by name: `park_for_prompt`, `park_for_turn`, `park_for_growth`,
-            `return`, `recompute` (memory was taken and the balloon had no room), `shed`, `fetch_prefix` (the
+            `return`, `recompute` (memory was taken and the balloon had no room), `shed` and `refuse` (a
+            request was not taken: it would come too late, or the queue is full), `fetch_prefix` (the
             balloon had a prompt's beginning, or more of it), and the balloon's logical size, `deflate` (next
             tokens late) and `inflate` (first tokens late).
         first_in_time, first_late: first tokens so far that came when promised, and that came later.

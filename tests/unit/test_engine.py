@@ -179,6 +179,7 @@ def test_a_full_queue_is_overload() -> None:
         bench.engine.submit(ask("d", 3, 3))
     assert caught.value.retry_after_s >= 1
     bench.run()
+    assert dict(bench.engine.snapshot.decisions)["refuse"] == 1
     bench.engine.submit(ask("e", 3, 3))
     bench.run()
     assert sorted(bench.deltas) == ["a", "b", "c", "e"]

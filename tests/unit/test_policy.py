@@ -238,6 +238,23 @@ def test_where_first_and_next_tokens_are_late_no_memory_is_waited_for() -> None:
     assert _overload(cluster, 16, ended=4, came=12, first_late=5, paced_late=5).replicas["a"] >= 3
 
 
+def test_requests_that_are_not_taken_count_as_late_and_as_load() -> None:
+    """Of those that are taken none is: without it a model that sheds would never get a group more."""
+    cluster = Cluster(_report("x"))
+    for second in range(1, 50):
+        shed = (("return", 3), ("shed", 7 * second), ("refuse", second))
+        cluster.tell("x", first_in_time=4 * second, finished=(("stop", 4 * second),), decisions=shed)
+        decision = cluster.tick()
+    assert decision.replicas == {"a": 3}
+
+
+def test_an_engine_that_starts_again_is_measured_anew() -> None:
+    cluster = Cluster(_report("x"))
+    _overload(cluster, 25, ended=4, came=12, first_late=5)
+    assert _overload(cluster, 25, ended=10, came=10, first_late=5).replicas == {"a": 1}
+    assert _overload(cluster, 60, ended=10, came=10, first_late=5).replicas == {"a": 2}
+
+
 def test_a_wish_stays_while_its_groups_start_one_after_another() -> None:
     cluster = Cluster(_report("x"))
     _overload(cluster, 45, ended=4, came=12, first_late=5)

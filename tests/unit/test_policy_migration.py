@@ -45,6 +45,7 @@ FACTS = Facts(
     first=(0, 0),
     paced=(0, 0),
     num_ended=0,
+    num_refused=0,
     host_total=64 * GIB,
     host_available=32 * GIB,
 )
