@@ -77,6 +77,13 @@ class HostRows:
             host = self.balloon.take(num_chunks)
         return None if host is None else [HostRow(tuple(host[at::count])) for at in range(count)]
 
+    def would_do(self, count: int, num_given_up: int) -> bool:
+        """Whether `count` rows could be taken once so many have been given up. Where more is taken than the
+        newest order allows, that makes good for it first.
+        """
+        owed = -(-max(0, self.balloon.num_used - self.balloon.num_logical) // self._num_groups)
+        return count + owed <= self.num_spare + num_given_up
+
     def use(self, rows: Iterable[HostRow]) -> None:
         """One user more for each."""
         for row in rows:

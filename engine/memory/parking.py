@@ -303,7 +303,7 @@ class Parking:
             return rows
         busy = [but_of, *(out.backing for out in self._outs)]
         spare = [one for one in self._saved if not one.is_parked and one not in busy]
-        if count > self.host.num_spare + sum(len(one.rows) for one in spare):
+        if not self.host.would_do(count, sum(len(one.rows) for one in spare)):
             return None
         while rows is None and spare:
             self._forget(spare.pop(0))

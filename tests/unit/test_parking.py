@@ -261,6 +261,7 @@ def test_a_return_does_not_wait_for_chunks_that_are_kept_for_others(monkeypatch:
         yard.pool.ahead.grow([(other.held_slot, rows * T)], 0)
         yard.pool.chunks.receive(wait=True)
     yard.pool.ahead.grow([(other.held_slot, 7 * T)], 0)
+    yard.pool.chunks.receive(wait=True)
     taken = yard.pool.chunks.take(-yard.parking.num_lacking(guest.backing, 0), "kv")
     assert taken is not None
     assert yard.pool.chunks.num_spare < 4 < 24 <= yard.pool.chunks.num_free
@@ -400,6 +401,19 @@ def test_copies_do_not_give_way_in_vain() -> None:
     assert not yard.park(guest)
     assert facts(yard) == before
     assert len(running.backing.rows) == 3
+
+
+def test_copies_do_not_give_way_in_vain_in_a_balloon_that_was_deflated() -> None:
+    """Of three rows, two would only make good what is taken beyond the order."""
+    yard = Yard(total=200, host=10 * GROUPS)
+    running, parked, guest = saved_and_running(yard, 3), yard.guest(3 * T), yard.guest(2 * T)
+    yard.leave(parked)
+    yard.parking.balloon.set_logical(4 * GROUPS)
+    assert not yard.park(guest)
+    assert len(running.backing.rows) == 3
+    yard.parking.balloon.set_logical(5 * GROUPS)
+    yard.leave(guest)
+    assert running.backing.rows == []
 
 
 def test_copies_of_parked_sequences_never_give_way() -> None:
