@@ -38,11 +38,13 @@ class ReplicaConfig(Protocol):
 
 
 class Traffic(NamedTuple):
-    """Requests of a model that have ended so far, are open, and were not taken by a group."""
+    """Requests of a model that have ended so far, are open, or were not taken by a group; promises so far."""
 
     ended: int
     open: int
     refused: int
+    kept: int
+    missed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class ModelState:
         wanted: groups that it should have.
         late_since, idle_since: when it began to be late though it has all the memory there is for it, and
             when it began to need a group less; infinite if it is not late, or needs them all.
+        calm_since, calm_from: since when it has kept its promises, and its traffic then.
         traffic, late_from: now, and when it began to be late.
         changed: why `wanted` has just changed; empty if it has not.
     """
@@ -62,7 +65,9 @@ class ModelState:
     wanted: int
     late_since: float = math.inf
     idle_since: float = math.inf
-    traffic: Traffic = Traffic(0, 0, 0)
+    calm_since: float = math.inf
+    calm_from: Traffic | None = None
+    traffic: Traffic = Traffic(0, 0, 0, 0, 0)
     late_from: Traffic | None = None
     changed: str = ""
 
@@ -90,7 +95,11 @@ def _judge(members: list[Outlook], before: ModelState, config: ReplicaConfig, no
             math.inf,
             None,
         )  # what was asked for has come: judge anew
-    is_late = _is_late(members, config)
+    calm_since, calm_from = before.calm_since, before.calm_from
+    if calm_from is None or not _is_calm(members, calm_from, traffic, config):
+        calm_since, calm_from = now, traffic
+    is_calm = now - calm_since >= config.compute_patience_s
+    is_late = not is_calm and _is_late(members, config)
     if not is_late:
         late_since, late_from = math.inf, None
     elif (
@@ -98,17 +107,19 @@ def _judge(members: list[Outlook], before: ModelState, config: ReplicaConfig, no
     ):  # an engine that started again counts anew
         late_since, late_from = now, traffic
     idle_since = min(idle_since, now) if not is_late and _is_idle(members, config) else math.inf
-    # A wish stays while its groups start, one after another; more than that were somebody else's wish.
+    # A wish stays while its groups start, one after another; more than that are somebody else's wish.
     wanted, why = max(count, before.wanted) if count != before.num_groups else before.wanted, ""
     if late_from is not None and now - late_since >= _patience_s(members, config):
-        enough = _enough(
-            count, late_from, traffic, sum(one.facts.num_waiting for one in members), now - late_since
-        )
+        waiting = sum(one.facts.num_waiting for one in members)
+        enough = _enough(count, late_from, traffic, waiting, now - late_since)
         wanted, why = max(wanted, enough), "memory_does_not_help"
     elif now - idle_since >= config.replica_idle_s:
         wanted, why = max(1, count - 1), "idle"
+    elif wanted > count and is_calm:
+        wanted, why = count, "in_time_again"  # it was a burst, and may be over before Serve's own delay is
     changed = why if wanted != before.wanted else ""
-    return ModelState(count, wanted, late_since, idle_since, traffic, late_from, changed)
+    calm = calm_since, calm_from
+    return ModelState(count, wanted, late_since, idle_since, *calm, traffic, late_from, changed)
 
 
 def _traffic(members: list[Outlook]) -> Traffic:
@@ -117,6 +128,8 @@ def _traffic(members: list[Outlook]) -> Traffic:
         sum(one.num_ended for one in facts),
         sum(one.num_open for one in facts),
         sum(one.num_refused for one in facts),
+        sum(one.first[0] + one.paced[0] for one in facts),
+        sum(one.first[1] + one.paced[1] for one in facts),
     )
 
 
@@ -159,6 +172,15 @@ def _share(members: list[Outlook], name: Literal["first", "pace"]) -> float:
     """Of a kind of promises, those that all groups kept together."""
     several: list[Kept] = [getattr(one, name) for one in members]
     return Kept(sum(one.kept for one in several), sum(one.missed for one in several)).share
+
+
+def _is_calm(members: list[Outlook], then: Traffic, now: Traffic, config: ReplicaConfig) -> bool:
+    """Whether no more promises were broken since then than may be, or one. In `Kept` what was before that
+    counts for half a minute, in which Serve would begin to start groups for a burst that is over.
+    """
+    kept, missed = now.kept - then.kept, now.missed - then.missed
+    waits = any(one.facts.num_waiting_late for one in members)
+    return not waits and kept >= 0 <= missed <= max(1, (1 - config.target) * (kept + missed))
 
 
 def _is_used(one: Outlook) -> bool:

@@ -258,14 +258,28 @@ def test_an_engine_that_starts_again_is_measured_anew() -> None:
 def test_a_wish_stays_while_its_groups_start_one_after_another() -> None:
     cluster = Cluster(_report("x"))
     _overload(cluster, 45, ended=4, came=12, first_late=5)
-    calm = {"num_waiting": 0, "num_waiting_late": 0, "num_running": 8}
+    cluster.tell("x", num_waiting_late=3)
     for name in ("x2", "x3"):
         cluster.reports[name] = _report(name)
-        for _ in range(40):
-            cluster.tell("x", **calm)
-            assert cluster.tick().replicas == {"a": 4}
+        for _ in range(25):
+            assert cluster.tick().replicas == {"a": 4}, "requests wait too long all the while"
     del cluster.reports["x3"]  # one that died is started again
     assert cluster.tick(CONFIG.forget_s + 1).replicas == {"a": 4}
+
+
+def test_a_wish_ends_with_the_burst_that_it_was_for() -> None:
+    """Serve starts no group before a delay of its own has passed, which a wish that stayed would outlast."""
+    cluster = Cluster(_report("x"))
+    wanted = _overload(cluster, 45, ended=4, came=12, first_late=5).replicas["a"]
+    assert wanted == 4
+    for second in range(1, 80):
+        cluster.tell("x", num_waiting=0, first_in_time=20 * second, finished=(("stop", 200 + 20 * second),))
+        wanted = cluster.tick().replicas["a"]
+        if wanted < 4:
+            break
+    assert wanted == 1
+    assert second < 60
+    assert cluster.actions[-1][2:] == ("give_replicas_up", "in_time_again")
 
 
 def test_a_moment_without_lateness_gives_no_group_up() -> None:
