@@ -60,7 +60,7 @@ def _move(url: str) -> dict[str, Any]:
         ray.get(engine.__ray_call__.remote(lambda self: os.stat("/dev/shm").st_dev), timeout=60)
         for _, engine in engines().values()
     ]
-    readers = [Reader(url, number) for number in range(6)]
+    readers = [Reader(url, number) for number in range(10)]
     moved, _ = move_any(readers)
     at = len(moved.text)
     for one in readers:

@@ -27,7 +27,7 @@ from tests.unit.model_cases import save_tiny
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-MODEL, NUM_TOKENS, VOCAB = "mover", 550, 199
+MODEL, NUM_TOKENS, VOCAB = "mover", 700, 199
 PATIENCE_S = 120.0
 SAMPLINGS = ({"temperature": 0}, {"temperature": 0.9, "seed": 7, "presence_penalty": 0.5})
 
@@ -216,13 +216,13 @@ def test_a_group_that_dies_in_the_midst_of_a_move_takes_its_own_requests_alone(
 ) -> None:
     """The request that was on its way stays with the source until the target has said that it has it."""
     eventually(lambda: len(engines()) == 2, PATIENCE_S)
-    readers = [Reader(url, number) for number in range(8)]
+    readers = [Reader(url, number) for number in range(10)]
     result = held_up(kills_target)
     for one in readers:
         one.join(PATIENCE_S)
     assert not any(one.is_alive() for one in readers)
     whole = [one for one in readers if one.finish_reason == "length"]
-    assert 1 <= len(whole) < 8
+    assert 1 <= len(whole) < 10
     assert not any(one.errors for one in whole)
     assert all(len(one.errors) == 1 and one.finish_reason is None for one in readers if one not in whole)
     if result is not None:
@@ -249,7 +249,7 @@ def test_a_stream_moves_to_another_node(tokenizer_dir: Path, tmp_path: Path) -> 
         str(tmp_path),
         str(told_at),
     ]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(told_at.read_text())
     assert told["memories"] == 2, "each node has its own"
