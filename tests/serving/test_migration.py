@@ -176,7 +176,7 @@ def held_up(kills_target: bool) -> MigrationResult | None:
                 pairs.append((pair[0], pair[1]))
         return bool(pairs)
 
-    eventually(is_parked)
+    eventually(is_parked, PATIENCE_S)
     source, target = pairs[0]
     pids = {
         group: ray.get(groups[group][1].__ray_call__.remote(lambda self: os.getpid()), timeout=30)
@@ -216,13 +216,13 @@ def test_a_group_that_dies_in_the_midst_of_a_move_takes_its_own_requests_alone(
 ) -> None:
     """The request that was on its way stays with the source until the target has said that it has it."""
     eventually(lambda: len(engines()) == 2, PATIENCE_S)
-    readers = [Reader(url, number) for number in range(10)]
+    readers = [Reader(url, number) for number in range(8)]
     result = held_up(kills_target)
     for one in readers:
         one.join(PATIENCE_S)
     assert not any(one.is_alive() for one in readers)
     whole = [one for one in readers if one.finish_reason == "length"]
-    assert 1 <= len(whole) < 10
+    assert 1 <= len(whole) < 8
     assert not any(one.errors for one in whole)
     assert all(len(one.errors) == 1 and one.finish_reason is None for one in readers if one not in whole)
     if result is not None:
