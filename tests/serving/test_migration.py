@@ -176,7 +176,7 @@ def held_up(kills_target: bool) -> MigrationResult | None:
                 pairs.append((pair[0], pair[1]))
         return bool(pairs)
 
-    eventually(is_parked, PATIENCE_S)
+    eventually(is_parked, 2 * PATIENCE_S)
     source, target = pairs[0]
     pids = {
         group: ray.get(groups[group][1].__ray_call__.remote(lambda self: os.getpid()), timeout=30)
