@@ -25,8 +25,8 @@ setup: $(STAMP) ## the virtual environment only
 model: $(MODEL) ## the demo model only (98 MB)
 
 # Tools run as modules: one that a GPU host brings along has no script in .venv/bin.
-# Tests that start a cluster or use a GPU measure time and want the machine alone. The others share it: a thread each
-# in torch, or as many processes as cores have as many threads each.
+# Tests that start a cluster or use a GPU measure time and want the machine alone. The others share it, with one thread
+# of torch each: a process for each core, each with a thread for each core, would be too many.
 test: $(STAMP) $(MODEL) ## every test this machine can run; says which it skips and why
 ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -89,12 +89,8 @@ def judge_models(
 def _judge(members: list[Outlook], before: ModelState, config: ReplicaConfig, now: float) -> ModelState:
     count, traffic = len(members), _traffic(members)
     late_since, idle_since, late_from = before.late_since, before.idle_since, before.late_from
-    if count != before.num_groups:
-        late_since, idle_since, late_from = (
-            math.inf,
-            math.inf,
-            None,
-        )  # what was asked for has come: judge anew
+    if count != before.num_groups:  # what was asked for has come, or gone: judge anew
+        late_since, idle_since, late_from = math.inf, math.inf, None
     calm_since, calm_from = before.calm_since, before.calm_from
     if calm_from is None or not _is_calm(members, calm_from, traffic, config):
         calm_since, calm_from = now, traffic
@@ -102,10 +98,8 @@ def _judge(members: list[Outlook], before: ModelState, config: ReplicaConfig, no
     is_late = not is_calm and _is_late(members, config)
     if not is_late:
         late_since, late_from = math.inf, None
-    elif (
-        late_from is None or traffic.ended < before.traffic.ended
-    ):  # an engine that started again counts anew
-        late_since, late_from = now, traffic
+    elif late_from is None or traffic.ended < before.traffic.ended:
+        late_since, late_from = now, traffic  # the latter: an engine that started again counts anew
     idle_since = min(idle_since, now) if not is_late and _is_idle(members, config) else math.inf
     # A wish stays while its groups start, one after another; more than that are somebody else's wish.
     wanted, why = max(count, before.wanted) if count != before.num_groups else before.wanted, ""
